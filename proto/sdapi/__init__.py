@@ -1,0 +1,1 @@
+"""Generated wire types of the public contract. Applications use `sdclient` instead."""

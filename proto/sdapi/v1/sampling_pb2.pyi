@@ -1,0 +1,33 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from typing import ClassVar as _ClassVar
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Sampler(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SAMPLER_UNSPECIFIED: _ClassVar[Sampler]
+    SAMPLER_DDIM: _ClassVar[Sampler]
+    SAMPLER_EULER: _ClassVar[Sampler]
+    SAMPLER_EULER_ANCESTRAL: _ClassVar[Sampler]
+    SAMPLER_HEUN: _ClassVar[Sampler]
+    SAMPLER_DPMPP_2M: _ClassVar[Sampler]
+    SAMPLER_DPMPP_2M_SDE: _ClassVar[Sampler]
+    SAMPLER_UNIPC: _ClassVar[Sampler]
+
+class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCHEDULE_UNSPECIFIED: _ClassVar[Schedule]
+    SCHEDULE_NATIVE: _ClassVar[Schedule]
+    SCHEDULE_KARRAS: _ClassVar[Schedule]
+SAMPLER_UNSPECIFIED: Sampler
+SAMPLER_DDIM: Sampler
+SAMPLER_EULER: Sampler
+SAMPLER_EULER_ANCESTRAL: Sampler
+SAMPLER_HEUN: Sampler
+SAMPLER_DPMPP_2M: Sampler
+SAMPLER_DPMPP_2M_SDE: Sampler
+SAMPLER_UNIPC: Sampler
+SCHEDULE_UNSPECIFIED: Schedule
+SCHEDULE_NATIVE: Schedule
+SCHEDULE_KARRAS: Schedule
