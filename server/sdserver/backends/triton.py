@@ -1,0 +1,127 @@
+"""Models behind a Triton Inference Server, over the KServe v2 protocol on gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import structlog
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from sdserver.errors import GenerationFailed, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.engines import Engine
+
+log = structlog.get_logger()
+
+# gRPC's own limit of 4 MB is one decoded image of 1024 x 1365 pixels.
+MAX_MESSAGE_BYTES = 256 * 2**20
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # gRPC's own backoff grows to two minutes; a restarted Triton should be found within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+READY_SECONDS = 2.0
+
+# What Triton answers to calls of a model whose Python process has died. It goes on calling that model ready.
+DEAD_STUB = "not healthy"
+
+
+class TritonBackend:
+    """A client of one Triton server at `url`, "host:port"."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client = InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
+        self._reloads: dict[str, asyncio.Task[None]] = {}
+
+    async def encode_text(self, engine: Engine, texts: Sequence[str]) -> tuple[Floats, Integers]:
+        encoded = np.array([[text.encode()] for text in texts], dtype=object)
+        text_states, token_count = await self._infer(
+            engine.model("text_encoder"), {"text": encoded}, ("text_states", "token_count")
+        )
+        return text_states, token_count[:, 0]
+
+    async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
+        inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
+        (prediction,) = await self._infer(engine.model("unet"), inputs, ("prediction",))
+        return prediction
+
+    async def decode(self, engine: Engine, latents: Floats) -> Pixels:
+        (image,) = await self._infer(engine.model("vae_decoder"), {"latents": latents}, ("image",))
+        return image
+
+    async def is_ready(self, engine: Engine) -> bool:
+        try:
+            answers = await asyncio.gather(
+                *(self._client.is_model_ready(model, client_timeout=READY_SECONDS) for model in engine.models)
+            )
+        except InferenceServerException:
+            return False
+        return all(answers) and not any(model in self._reloads for model in engine.models)
+
+    async def close(self) -> None:
+        for reload in self._reloads.values():
+            reload.cancel()
+        await asyncio.gather(*self._reloads.values(), return_exceptions=True)
+        await self._client.close()
+
+    async def _infer(self, model: str, inputs: dict[str, NDArray[Any]], outputs: tuple[str, ...]) -> list[NDArray[Any]]:
+        """The named outputs of one call. The arrays are read-only views of the answer."""
+        tensors = []
+        for name, array in inputs.items():
+            tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array)
+            tensors.append(tensor)
+        try:
+            result = await self._client.infer(model, tensors)
+        except InferenceServerException as error:
+            raise self._translated(model, error) from error
+        arrays = [result.as_numpy(name) for name in outputs]
+        rows = next(iter(inputs.values())).shape[0]
+        for name, array in zip(outputs, arrays, strict=True):
+            if array is None or array.ndim == 0 or array.shape[0] != rows:
+                raise GenerationFailed(f"{model} answered without {rows} rows of {name}", "MODEL_ERROR", model=model)
+        return arrays
+
+    def _translated(self, model: str, error: InferenceServerException) -> Exception:
+        code, message = error.status() or "", error.message() or ""
+        if DEAD_STUB in message:
+            self._reload(model)
+            return Unavailable(
+                f"{model} has crashed and is being loaded again; retry later", "MODEL_RELOADING", model=model
+            )
+        if code in ("StatusCode.UNAVAILABLE", "StatusCode.NOT_FOUND"):
+            # Triton says UNAVAILABLE or NOT_FOUND of a model that is not loaded; the caller can only wait for either.
+            return Unavailable(
+                "Triton cannot be reached or the model is not loaded; retry later", "TRITON_UNAVAILABLE", model=model
+            )
+        return GenerationFailed(f"{model} failed; the server's log says why", "MODEL_ERROR", model=model)
+
+    def _reload(self, model: str) -> None:
+        """Unloads and loads a model whose process has died: Triton does not restart it by itself."""
+        if model not in self._reloads:
+            log.warning("model has crashed; loading it again", model=model)
+            self._reloads[model] = asyncio.create_task(self._unload_and_load(model), name=f"reload {model}")
+
+    async def _unload_and_load(self, model: str) -> None:
+        try:
+            await self._client.unload_model(model)
+            await self._client.load_model(model)
+            log.info("model is loaded again", model=model)
+        except InferenceServerException as error:
+            log.error("model could not be loaded again", model=model, error=str(error))
+        finally:
+            del self._reloads[model]

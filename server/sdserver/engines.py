@@ -1,0 +1,181 @@
+"""Engines as data: a folder below `<model repository>/engines/` with a descriptor, `engine.json`, and the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sdserver.samplers import SAMPLERS
+from sdserver.schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SCHEDULES = ("native", "karras")
+ROLES = ("text_encoder", "unet", "vae_decoder")
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Latents(_Data):
+    """Shape of the UNet's space: `channels` at 1 / `downsampling` of the image's width and height."""
+
+    channels: Positive
+    downsampling: Positive
+
+
+class TextEncoder(_Data):
+    """Text states are [context_length, width] a prompt; start and end take two of the tokens."""
+
+    context_length: Positive
+    width: Positive
+
+
+class Limits(_Data):
+    """What requests may ask for. Sizes in pixels."""
+
+    min_size: Positive
+    max_size: Positive
+    max_pixels: Positive
+    size_multiple: Positive
+    max_steps: Positive
+    max_image_count: Positive
+
+
+class Defaults(_Data):
+    """What holds when a request leaves things open. Sizes in pixels."""
+
+    width: Positive
+    height: Positive
+    steps: Positive
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+    sampler: str
+    schedule: str
+
+
+class License(_Data):
+    """Under which terms the engine may be used."""
+
+    name: str
+    url: str = ""
+    use_restrictions: str = ""
+
+
+class Engine(_Data):
+    """One engine, as its `engine.json` describes it."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+    name: str
+    description: str
+    prediction_type: Literal["epsilon", "v_prediction"]
+    noise_schedule: NoiseSchedule
+    latents: Latents
+    text_encoder: TextEncoder
+    native_width: Positive
+    native_height: Positive
+    limits: Limits
+    defaults: Defaults
+    license: License
+    # The most rows of one UNet call; `max_batch_size` of the engine's Triton models is at least this.
+    max_batch_rows: Positive
+    # File below the engine's folder -> SHA-256. Because they stand in the descriptor, its digest covers the weights.
+    weights: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    digest: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Engine:
+        if self.defaults.sampler not in SAMPLERS:
+            raise ValueError(f"defaults.sampler is {self.defaults.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+        if self.defaults.schedule not in SCHEDULES:
+            raise ValueError(f"defaults.schedule is {self.defaults.schedule!r}; it must be native or karras")
+        if self.limits.size_multiple % self.latents.downsampling:
+            raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
+        # Fails now, and not in a request, if the schedule has no room for so many steps.
+        self.noise_schedule.native(self.limits.max_steps)
+        return self
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of one prompt that fit beside the start and end tokens."""
+        return self.text_encoder.context_length - 2
+
+    def model(self, role: str) -> str:
+        """Name of the engine's Triton model for a role, such as `tiny-landscape.unet`."""
+        return f"{self.id}.{role}"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of all Triton models of the engine."""
+        return tuple(self.model(role) for role in ROLES)
+
+    def sigmas(self, schedule: str, steps: int) -> tuple[float, ...]:
+        """[steps + 1] noise levels of a generation by one of SCHEDULES, decreasing to 0."""
+        return self.noise_schedule.karras(steps) if schedule == "karras" else self.noise_schedule.native(steps)
+
+    def padded_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size, in pixels, at which an image of this size is generated before it is cropped."""
+        multiple = self.limits.size_multiple
+        return -(-width // multiple) * multiple, -(-height // multiple) * multiple
+
+
+class EngineError(Exception):
+    """The engines cannot be read; says which file is wrong and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The engines of a server, the default one first."""
+
+    engines: tuple[Engine, ...]
+
+    @property
+    def default(self) -> Engine:
+        return self.engines[0]
+
+    def get(self, engine_id: str) -> Engine | None:
+        return next((engine for engine in self.engines if engine.id == engine_id), None)
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self.engines)
+
+
+def load_engine(folder: Path) -> Engine:
+    """Reads and checks `folder/engine.json`. Raises EngineError."""
+    path = folder / "engine.json"
+    try:
+        text = path.read_bytes()
+        digest = f"sha256:{hashlib.sha256(text).hexdigest()}"
+        engine = Engine.model_validate({**json.loads(text), "digest": digest})
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise EngineError(f"{path} is not a valid engine descriptor: {error}") from error
+    if engine.id != folder.name:
+        raise EngineError(f"{path} names its engine {engine.id!r}, but its folder is {folder.name!r}; make them equal")
+    return engine
+
+
+def load_catalog(model_repository: Path, default_engine: str = "") -> Catalog:
+    """Reads all engines of a model repository, by name, the default one first. Raises EngineError."""
+    folders = sorted(path.parent for path in (model_repository / "engines").glob("*/engine.json"))
+    if not folders:
+        raise EngineError(
+            f"no engine in {model_repository / 'engines'}; set SDSERVER_MODEL_REPOSITORY to a folder that has one"
+        )
+    engines = [load_engine(folder) for folder in folders]
+    if default_engine:
+        if default_engine not in {engine.id for engine in engines}:
+            raise EngineError(
+                f"default_engine is {default_engine!r}; it must be one of {', '.join(engine.id for engine in engines)}"
+            )
+        engines.sort(key=lambda engine: engine.id != default_engine)
+    return Catalog(tuple(engines))

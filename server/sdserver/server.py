@@ -1,0 +1,123 @@
+"""Puts the parts together: one grpc.aio server with generation, health and reflection, and its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+from sdapi.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+
+from sdserver.admission import Admission
+from sdserver.backends.triton import TritonBackend
+from sdserver.engines import load_catalog
+from sdserver.health import HealthMonitor
+from sdserver.pipeline import Pipeline
+from sdserver.service import SERVICE, GenerationService, StatusInterceptor
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from sdserver.backends import Backend
+    from sdserver.engines import Catalog
+    from sdserver.settings import ServeSettings
+
+log = structlog.get_logger()
+
+# The largest request: 64 prompts of 10,000 characters, an initial image and a mask.
+MAX_REQUEST_BYTES = 64 * 2**20
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Without it a single connection may open any number of streams.
+    ("grpc.max_concurrent_streams", 1024),
+    # Finds callers that are gone without a word: gRPC relies on the ping's own time-out (grpc/grpc#39239).
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Allows the SDK's own keepalive pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+]
+
+
+class ServerError(Exception):
+    """The server cannot start; says what to change."""
+
+
+class Server:
+    """A running server. `async with Server(settings) as server`: `server.port` is where it listens.
+
+    `backend` replaces the one that the settings name: the seam for tests.
+    Raises EngineError or ServerError when it cannot start.
+    """
+
+    def __init__(self, settings: ServeSettings, backend: Backend | None = None) -> None:
+        self._settings = settings
+        self._given_backend = backend
+        self._stack = AsyncExitStack()
+        self.catalog: Catalog
+        self.admission = Admission(settings.max_active, settings.max_queued)
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        async with self._stack:
+            await self._start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        settings = self._settings
+        self.catalog = load_catalog(settings.model_repository, settings.default_engine)
+        backend = self._given_backend or self._backend()
+        self._stack.push_async_callback(backend.close)
+        pipeline = await self._stack.enter_async_context(
+            Pipeline(self.catalog, backend, self.admission, settings.max_generation_seconds)
+        )
+        monitor = await self._stack.enter_async_context(
+            HealthMonitor(self.catalog, backend, settings.health_interval_seconds)
+        )
+        server = grpc.aio.server(interceptors=[StatusInterceptor()], options=OPTIONS)
+        service = GenerationService(self.catalog, pipeline, monitor.is_ready, settings.send_timeout_seconds)
+        add_GenerationServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, server)
+        reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+        address = f"{settings.host}:{settings.port}"
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ServerError(f"cannot listen on {address}: choose another --port, or stop who has it") from error
+        await server.start()
+        self._stack.push_async_callback(self._stop, server, monitor)
+        log.info("serving", host=settings.host, port=self.port, engines=[engine.id for engine in self.catalog])
+
+    def _backend(self) -> Backend:
+        if self._settings.backend == "triton":
+            return TritonBackend(self._settings.triton_url)
+        from sdserver.backends.in_process import InProcessBackend
+
+        return InProcessBackend(self.catalog, self._settings.model_repository)
+
+    async def _stop(self, server: grpc.aio.Server, monitor: HealthMonitor) -> None:
+        """Says NOT_SERVING, refuses newcomers, lets the running generations finish, then closes."""
+        await monitor.stop_serving()
+        log.info("stopping", active=self.admission.active, queued=self.admission.queued)
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self.admission.drain()
+        except TimeoutError:
+            log.warning("generations did not finish in time and are cancelled", active=self.admission.active)
+        # Not a grace period of gRPC's own: that one waits for open health watches, too.
+        await server.stop(None)

@@ -1,0 +1,144 @@
+"""The servicer of `sdapi.v1.GenerationService`, and the door through which every failure leaves as a status."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from sdapi.v1 import generation_pb2
+from sdapi.v1.generation_pb2_grpc import GenerationServiceServicer
+
+from sdserver import wire
+from sdserver.errors import GenerationFailed, InvalidRequest, RequestError, TimeLimit, Unavailable, to_status
+from sdserver.request import Event, Finished
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sdserver.engines import Catalog, Engine
+    from sdserver.pipeline import Pipeline
+
+log = structlog.get_logger()
+
+SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationService(GenerationServiceServicer):
+    """Generates images and lists engines. `is_ready` says whether an engine's models answer."""
+
+    def __init__(
+        self, catalog: Catalog, pipeline: Pipeline, is_ready: Callable[[Engine], bool], send_timeout_seconds: float
+    ) -> None:
+        self._catalog = catalog
+        self._pipeline = pipeline
+        self._is_ready = is_ready
+        self._send_timeout_seconds = send_timeout_seconds
+
+    async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        request_id = wire.request_id(message)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        request = wire.to_request(message, request_id, self._catalog)
+        if not self._is_ready(request.engine):
+            raise Unavailable(
+                f"engine {request.engine.id} is not ready: Triton cannot be reached or its models are loading; "
+                "retry later",
+                "ENGINE_NOT_READY",
+                engine=request.engine.id,
+            )
+        async with aclosing(self._pipeline.generate(request)) as events:
+            async for event in events:
+                await self._send(event, context)
+
+    async def ListEngines(  # type: ignore[override]  # noqa: N802
+        self, message: generation_pb2.ListEnginesRequest, context: Context
+    ) -> generation_pb2.ListEnginesResponse:
+        return generation_pb2.ListEnginesResponse(
+            engines=[wire.from_engine(engine, self._is_ready(engine)) for engine in self._catalog]
+        )
+
+    async def _send(self, event: Event, context: Context) -> None:
+        if isinstance(event, Finished):
+            log.info("generated", **asdict(event.usage), **_rounded(asdict(event.timings)))
+        try:
+            # A reader that has stopped reading must not hold its place for ever.
+            async with asyncio.timeout(self._send_timeout_seconds):
+                await context.write(wire.from_event(event))
+        except TimeoutError as error:
+            raise TimeLimit(
+                f"the caller has not read its events for {self._send_timeout_seconds:g} s; read them as they come"
+            ) from error
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Makes every failure of this service a status with details, and none of its insides visible.
+
+    It also parses the messages: gRPC's own answer to bytes that are no message is UNKNOWN with a Python class name.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guarded(handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guarded(handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _guarded(behavior: Any, parse: Any) -> Any:
+    async def guarded(data: bytes, context: Context) -> Any:
+        structlog.contextvars.clear_contextvars()
+        try:
+            try:
+                message = parse(data)
+            except DecodeError:
+                raise InvalidRequest(
+                    {"request": "the bytes are not a message of this method; check the schema"}
+                ) from None
+            return await behavior(message, context)
+        except RequestError as error:
+            if error.code is grpc.StatusCode.INTERNAL:
+                log.error("failed", reason=error.reason, message=error.message, exc_info=error.__cause__)
+            else:
+                log.info("refused", reason=error.reason, message=error.message)
+            await _abort(error, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("failed", reason="INTERNAL")
+            await _abort(
+                GenerationFailed("an internal error of the server; its log has the details", "INTERNAL"), context
+            )
+
+    return guarded
+
+
+async def _abort(error: RequestError, context: Context) -> NoReturn:
+    request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+    trailers: list[tuple[str, str | bytes]] = [
+        ("grpc-status-details-bin", to_status(error, request_id).SerializeToString())
+    ]
+    if error.retry_after is not None:
+        # Tells gRPC's own retries, which the SDK turns on, when to come back (gRFC A6).
+        trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
+    await context.abort(error.code, error.message, tuple(trailers))
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {f"{name}_seconds": round(value, 4) for name, value in seconds.items()}

@@ -1,0 +1,71 @@
+"""Settings of the commands: environment variables `SDSERVER_<NAME>` and flags `--<name>`, flags first."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _shipped_model_repository() -> Path:
+    # Beside the package `sdmodels`; it is only looked up, not imported, because importing it is the backends' business.
+    spec = importlib.util.find_spec("sdmodels")
+    return Path(spec.origin).parents[1] if spec and spec.origin else Path("model_repository")
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="SDSERVER_",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        extra="ignore",
+        frozen=True,
+    )
+
+    model_repository: Path = Field(
+        default_factory=_shipped_model_repository, description="Folder with the engines and their Triton models."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: colours on a terminal, JSON lines elsewhere."
+    )
+
+
+class ServeSettings(_Settings):
+    """The gRPC server."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: Port = Field(50051, description="Port of the gRPC API; 0 chooses a free one.")
+    backend: Literal["triton", "in-process"] = Field(
+        "triton", description="Where the models run; in-process needs no Triton, but loads torch into the server."
+    )
+    triton_url: str = Field("localhost:8001", description="host:port of Triton's gRPC endpoint.")
+    default_engine: str = Field("", description="Engine of requests that name none; empty: the first by name.")
+    max_active: Count = Field(8, description="Generations that run at a time.")
+    max_queued: Annotated[int, Field(ge=0)] = Field(64, description="Generations that may wait; more are refused.")
+    max_generation_seconds: Seconds = Field(600.0, description="Time limit of one generation, without its wait.")
+    send_timeout_seconds: Seconds = Field(30.0, description="How long a caller may leave its events unread.")
+    health_interval_seconds: Seconds = Field(1.0, description="Time between two looks at the models.")
+    drain_seconds: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+
+
+class TritonSettings(_Settings):
+    """A Triton Inference Server for this machine, on the loopback interface."""
+
+    triton_grpc_port: Port = Field(8001, description="Port of Triton's gRPC endpoint; 0 chooses a free one.")
+    triton_http_port: Port = Field(8000, description="Port of Triton's HTTP endpoint; 0 chooses a free one.")
+    triton_metrics_port: Port = Field(8002, description="Port of Triton's metrics; 0 chooses a free one.")
+    triton_start_seconds: Seconds = Field(180.0, description="How long Triton may take to load the models.")
+
+
+class UpSettings(ServeSettings, TritonSettings):
+    """Triton and the gRPC server together."""

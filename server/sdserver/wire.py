@@ -1,0 +1,313 @@
+"""The one door between the wire and the server: protobuf messages in, valid frozen values out, and back."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from typing import TYPE_CHECKING
+
+from google.protobuf.duration_pb2 import Duration
+from sdapi.v1 import engine_pb2, generation_pb2, sampling_pb2
+
+from sdserver.engines import SCHEDULES, Catalog, Engine
+from sdserver.errors import InvalidRequest, NotSupported, UnknownEngine
+from sdserver.images import DEFAULT_QUALITY, MEDIA_TYPES
+from sdserver.request import (
+    BLENDINGS,
+    Accepted,
+    Event,
+    Finished,
+    GenerationRequest,
+    GuidanceInterval,
+    Image,
+    Output,
+    Progress,
+    Prompt,
+)
+from sdserver.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
+
+MAX_PROMPTS = 64
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_REQUEST_ID_CHARACTERS = 128
+MAX_WEIGHT = 10.0
+MAX_GUIDANCE_SCALE = 100.0
+MAX_SEED = 2**63 - 1
+# Small enough to be read out, typed again and kept by languages whose numbers are doubles.
+MAX_CHOSEN_SEED = 2**32 - 1
+
+# In the contract, and filled by later versions of the server.
+NOT_SUPPORTED = ("clip_guidance", "init_image", "mask", "preview")
+
+
+class _Names:
+    """A proto enum as the names that the server uses: SAMPLER_DPMPP_2M is `dpmpp_2m`."""
+
+    def __init__(self, enum: _EnumTypeWrapper[int], prefix: str) -> None:
+        self._by_number = {
+            number: name.removeprefix(prefix).lower()
+            for name, number in enum.items()
+            if not name.endswith("UNSPECIFIED")
+        }
+        self._by_name = {name: number for number, name in self._by_number.items()}
+
+    def name(self, number: int) -> str | None:
+        return self._by_number.get(number)
+
+    def number(self, name: str) -> int:
+        return self._by_name[name]
+
+
+_SAMPLERS = _Names(sampling_pb2.Sampler, "SAMPLER_")
+_SCHEDULES = _Names(sampling_pb2.Schedule, "SCHEDULE_")
+_BLENDINGS = _Names(generation_pb2.Blending, "BLENDING_")
+
+
+def request_id(message: generation_pb2.GenerateRequest) -> str:
+    """The caller's request id, or a new one where that is absent or not fit to be logged."""
+    return message.request_id if _is_printable(message.request_id) else str(uuid.uuid4())
+
+
+def to_request(message: generation_pb2.GenerateRequest, request_id: str, catalog: Catalog) -> GenerationRequest:
+    """The request under this id with everything resolved.
+
+    Raises InvalidRequest with all violations at once, UnknownEngine, or NotSupported.
+    """
+    engine = catalog.get(message.engine) if message.engine else catalog.default
+    if engine is None:
+        raise UnknownEngine(
+            f"no engine {message.engine[:64]!r}; this server has {', '.join(engine.id for engine in catalog)}"
+        )
+    request = _Reader(message, request_id, engine).read()
+    for field in NOT_SUPPORTED:
+        if message.HasField(field):
+            raise NotSupported(f"{field} is not supported by this version of the server; leave it out", field=field)
+    return request
+
+
+class _Reader:
+    """Reads one message and collects everything that is wrong with it."""
+
+    def __init__(self, message: generation_pb2.GenerateRequest, request_id: str, engine: Engine) -> None:
+        self._message = message
+        self._request_id = request_id
+        self._engine = engine
+        self._violations: dict[str, str] = {}
+
+    def read(self) -> GenerationRequest:
+        message, limits, defaults = self._message, self._engine.limits, self._engine.defaults
+        width = self._integer("width", limits.min_size, limits.max_size, defaults.width)
+        height = self._integer("height", limits.min_size, limits.max_size, defaults.height)
+        if not {"width", "height"} & self._violations.keys() and width * height > limits.max_pixels:
+            self._violations["width"] = (
+                f"{width} x {height} is {width * height} pixels; engine {self._engine.id} makes at most "
+                f"{limits.max_pixels}"
+            )
+        image_count = self._integer("image_count", 1, limits.max_image_count, 1)
+        request = GenerationRequest(
+            request_id=self._request_id,
+            engine=self._engine,
+            prompts=self._prompts(),
+            blending=next(name for name in BLENDINGS if name == self._enum("blending", _BLENDINGS, BLENDINGS[0])),
+            width=width,
+            height=height,
+            steps=self._integer("steps", 1, limits.max_steps, defaults.steps),
+            sampler=self._enum("sampler", _SAMPLERS, defaults.sampler),
+            schedule=self._enum("schedule", _SCHEDULES, defaults.schedule),
+            # The last image's seed has to be one, too.
+            seed=self._integer("seed", 0, MAX_SEED - max(image_count - 1, 0), secrets.randbelow(MAX_CHOSEN_SEED)),
+            image_count=image_count,
+            guidance_scale=self._number("guidance_scale", 0.0, MAX_GUIDANCE_SCALE, defaults.guidance_scale),
+            guidance_interval=self._guidance_interval(),
+            output=self._output(),
+        )
+        if message.request_id and not _is_printable(message.request_id):
+            self._violations["request_id"] = f"at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
+        if message.HasField("mask") and not message.HasField("init_image"):
+            self._violations["mask"] = "needs init_image, the image that it is a mask of"
+        if self._violations:
+            raise InvalidRequest(self._violations)
+        return request
+
+    def _integer(self, field: str, least: int, most: int, default: int) -> int:
+        if not self._message.HasField(field):  # type: ignore[arg-type]
+            return default
+        value: int = getattr(self._message, field)
+        if value < least:
+            self._violations[field] = f"{value} is too small; at least {least}"
+        elif value > most:
+            self._violations[field] = f"{value} is too large; at most {most}"
+        return value
+
+    def _number(self, field: str, least: float, most: float, default: float) -> float:
+        if not self._message.HasField(field):  # type: ignore[arg-type]
+            return default
+        return self._in_range(field, getattr(self._message, field), least, most)
+
+    def _in_range(self, path: str, value: float, least: float, most: float) -> float:
+        # The comparison is false for NaN, too.
+        if not least <= value <= most:
+            self._violations[path] = f"{value:g} is not a number from {least:g} to {most:g}"
+        return value
+
+    def _enum(self, field: str, names: _Names, default: str) -> str:
+        number: int = getattr(self._message, field)
+        if number == 0:
+            return default
+        name = names.name(number)
+        if name is None:
+            self._violations[field] = f"{number} is not known to this server; choose one that ListEngines names"
+            return default
+        return name
+
+    def _prompts(self) -> tuple[Prompt, ...]:
+        prompts = self._message.prompts
+        if not prompts:
+            self._violations["prompts"] = "at least one prompt is required"
+        elif len(prompts) > MAX_PROMPTS:
+            self._violations["prompts"] = f"{len(prompts)} prompts are too many; at most {MAX_PROMPTS}"
+            return ()
+        read = []
+        for index, prompt in enumerate(prompts):
+            path = f"prompts[{index}]"
+            if not prompt.text.strip():
+                self._violations[f"{path}.text"] = "is empty; say what to show, or leave the prompt out"
+            elif len(prompt.text) > MAX_PROMPT_CHARACTERS:
+                self._violations[f"{path}.text"] = (
+                    f"{len(prompt.text)} characters are too many; at most {MAX_PROMPT_CHARACTERS}"
+                )
+            weight = prompt.weight if prompt.HasField("weight") else 1.0
+            read.append(Prompt(prompt.text, self._in_range(f"{path}.weight", weight, -MAX_WEIGHT, MAX_WEIGHT)))
+        if read and all(prompt.weight == 0 for prompt in read):
+            self._violations["prompts"] = "every weight is 0; at least one prompt needs another"
+        return tuple(read)
+
+    def _guidance_interval(self) -> GuidanceInterval:
+        interval = self._message.guidance_interval
+        start = interval.start if interval.HasField("start") else 0.0
+        end = interval.end if interval.HasField("end") else 1.0
+        self._in_range("guidance_interval.start", start, 0.0, 1.0)
+        self._in_range("guidance_interval.end", end, 0.0, 1.0)
+        if start >= end:
+            self._violations.setdefault("guidance_interval.end", f"{end:g} must be greater than start, {start:g}")
+        return GuidanceInterval(start, end)
+
+    def _output(self) -> Output:
+        output = self._message.output
+        media_type = output.media_type or "image/png"
+        if media_type not in MEDIA_TYPES:
+            self._violations["output.media_type"] = (
+                f"{media_type[:64]!r} is not supported; one of {', '.join(MEDIA_TYPES)}"
+            )
+            return Output("image/png", None)
+        _, lossy = MEDIA_TYPES[media_type]
+        if not lossy:
+            if output.HasField("quality"):
+                self._violations["output.quality"] = f"{media_type} is lossless; leave quality out"
+            return Output(media_type, None)
+        quality = output.quality if output.HasField("quality") else DEFAULT_QUALITY
+        if not 1 <= quality <= 100:
+            self._violations["output.quality"] = f"{quality} is not an integer from 1 to 100"
+        return Output(media_type, quality)
+
+
+def _is_printable(text: str) -> bool:
+    return 0 < len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isascii() and text.isprintable()
+
+
+def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
+    """The resolved request as a message: sending it again gives the same images."""
+    return generation_pb2.GenerateRequest(
+        request_id=request.request_id,
+        engine=request.engine.id,
+        prompts=[generation_pb2.Prompt(text=prompt.text, weight=prompt.weight) for prompt in request.prompts],
+        blending=_BLENDINGS.number(request.blending),  # type: ignore[arg-type]
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        sampler=_SAMPLERS.number(request.sampler),  # type: ignore[arg-type]
+        schedule=_SCHEDULES.number(request.schedule),  # type: ignore[arg-type]
+        seed=request.seed,
+        image_count=request.image_count,
+        guidance_scale=request.guidance_scale,
+        guidance_interval=generation_pb2.GuidanceInterval(
+            start=request.guidance_interval.start, end=request.guidance_interval.end
+        ),
+        output=generation_pb2.Output(media_type=request.output.media_type, quality=request.output.quality),
+    )
+
+
+def from_event(event: Event) -> generation_pb2.GenerateResponse:
+    """An event as a message of the stream."""
+    match event:
+        case Accepted():
+            return generation_pb2.GenerateResponse(
+                accepted=generation_pb2.Accepted(
+                    request=from_request(event.request), queue_position=event.queue_position
+                )
+            )
+        case Progress():
+            return generation_pb2.GenerateResponse(progress=generation_pb2.Progress(step=event.step, steps=event.steps))
+        case Image():
+            return generation_pb2.GenerateResponse(
+                image=generation_pb2.Image(
+                    index=event.index,
+                    seed=event.seed,
+                    data=event.data,
+                    media_type=event.media_type,
+                    width=event.width,
+                    height=event.height,
+                )
+            )
+        case Finished():
+            return generation_pb2.GenerateResponse(
+                finished=generation_pb2.Finished(
+                    usage=generation_pb2.Usage(
+                        image_count=event.usage.image_count,
+                        unet_rows=event.usage.unet_rows,
+                        pixel_steps=event.usage.pixel_steps,
+                    ),
+                    timings=generation_pb2.Timings(
+                        queue=_duration(event.timings.queue),
+                        encode=_duration(event.timings.encode),
+                        denoise=_duration(event.timings.denoise),
+                        decode=_duration(event.timings.decode),
+                        total=_duration(event.timings.total),
+                    ),
+                )
+            )
+
+
+def from_engine(engine: Engine, ready: bool) -> engine_pb2.Engine:
+    """An engine as ListEngines tells it."""
+    limits, defaults = engine.limits, engine.defaults
+    return engine_pb2.Engine(
+        id=engine.id,
+        name=engine.name,
+        description=engine.description,
+        ready=ready,
+        digest=engine.digest,
+        native_width=engine.native_width,
+        native_height=engine.native_height,
+        limits=engine_pb2.EngineLimits(**limits.model_dump()),
+        defaults=engine_pb2.EngineDefaults(
+            width=defaults.width,
+            height=defaults.height,
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            sampler=_SAMPLERS.number(defaults.sampler),  # type: ignore[arg-type]
+            schedule=_SCHEDULES.number(defaults.schedule),  # type: ignore[arg-type]
+        ),
+        samplers=[_SAMPLERS.number(name) for name in SAMPLERS],  # type: ignore[misc]
+        schedules=[_SCHEDULES.number(name) for name in SCHEDULES],  # type: ignore[misc]
+        media_types=list(MEDIA_TYPES),
+        license=engine_pb2.License(**engine.license.model_dump()),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from fakes import FakeBackend
+from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
+from sdserver.engines import Catalog, load_catalog
+from sdserver.server import Server
+from sdserver.settings import ServeSettings
+
+# pytest_plugins = ["triton_fixture"]
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from sdserver.triton_process import TritonProcess
+
+
+@pytest.fixture(scope="session")
+def settings() -> ServeSettings:
+    """The shipped model repository, a free port on loopback, quick looks at the models."""
+    return ServeSettings(port=0, health_interval_seconds=0.05, drain_seconds=5.0)
+
+
+@pytest.fixture(scope="session")
+def catalog(settings: ServeSettings) -> Catalog:
+    return load_catalog(settings.model_repository)
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+async def server(settings: ServeSettings, backend: FakeBackend) -> AsyncIterator[Server]:
+    """A real gRPC server over a backend without weights."""
+    async with Server(settings, backend) as server:
+        yield server
+
+
+@pytest.fixture
+async def stub(server: Server) -> AsyncIterator[GenerationServiceAsyncStub]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield GenerationServiceStub(channel)
+
+
+@pytest.fixture
+def triton_settings(settings: ServeSettings, triton: TritonProcess) -> Iterator[ServeSettings]:
+    """A server over the real Triton."""
+    return settings.model_copy(update={"triton_url": f"127.0.0.1:{triton.grpc_port}"})
