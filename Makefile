@@ -1,3 +1,39 @@
-proto:
-	.venv/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto proto/sdapi/v1/*.proto
-	PATH=.venv/bin:$$PATH .venv/bin/python -m grpc_tools.protoc -I proto --grpc_python_out=proto --mypy_grpc_out=proto proto/sdapi/v1/generation.proto
+# `make demo` and `make test` are all that a newcomer needs; both set up what they need first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check format proto bench serve clean
+
+demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
+	$(BIN)/python examples/demo.py
+
+test: .venv/.ready ## Run the tests.
+	$(BIN)/python -m pytest
+
+check: .venv/.ready ## Lint, types, contract.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/baseline.binpb
+	$(BIN)/buf format --diff --exit-code
+
+format: .venv/.ready ## Format the code and the contract.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+proto: .venv/.ready ## Generate the stubs from the contract.
+	$(BIN)/python scripts/generate_stubs.py proto
+
+bench: .venv/.ready ## Compare one image through everything with a diffusers pipeline in one process.
+	$(BIN)/python -m benchmarks.one_image
+
+serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
+	$(BIN)/sdserver up
+
+.venv/.ready: pyproject.toml scripts/setup
+	PYTHON="$(PYTHON)" scripts/setup
+
+clean: ## Remove what the other targets made.
+	rm -rf .venv out

@@ -13,7 +13,7 @@ from sdserver.settings import ServeSettings
 # pytest_plugins = ["triton_fixture"]
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
     from sdserver.triton_process import TritonProcess
@@ -49,6 +49,6 @@ async def stub(server: Server) -> AsyncIterator[GenerationServiceAsyncStub]:
 
 
 @pytest.fixture
-def triton_settings(settings: ServeSettings, triton: TritonProcess) -> Iterator[ServeSettings]:
+def triton_settings(settings: ServeSettings, triton: TritonProcess) -> ServeSettings:
     """A server over the real Triton."""
     return settings.model_copy(update={"triton_url": f"127.0.0.1:{triton.grpc_port}"})

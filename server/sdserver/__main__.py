@@ -42,21 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    settings_class = {"up": UpSettings, "serve": ServeSettings, "triton": TritonSettings}.get(command)
-    if settings_class is None:
-        print(USAGE, file=sys.stderr)
-        return 2
     # argparse, which pydantic-settings uses, takes the program's name from here.
     sys.argv[0] = f"sdserver {command}"
-    settings = CliApp.run(settings_class, cli_args=list(flags))
-    logs.configure(settings.log_level, settings.log_format)
-    run = {"up": up, "serve": serve, "triton": triton}[command]
-    try:
-        asyncio.run(_until_stopped(run(settings)))  # type: ignore[operator]
-    except (EngineError, ServerError, TritonProcessError) as error:
-        print(f"sdserver {command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    match command:
+        case "up":
+            return _run(up, CliApp.run(UpSettings, cli_args=flags))
+        case "serve":
+            return _run(serve, CliApp.run(ServeSettings, cli_args=flags))
+        case "triton":
+            return _run(triton, CliApp.run(TritonSettings, cli_args=flags))
+    print(USAGE, file=sys.stderr)
+    return 2
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -82,6 +78,16 @@ async def up(settings: UpSettings) -> None:
                 await process.wait()
     finally:
         await process.__aexit__(None, None, None)
+
+
+def _run(command: Callable[[S], Coroutine[None, None, None]], settings: S) -> int:
+    logs.configure(settings.log_level, settings.log_format)
+    try:
+        asyncio.run(_until_stopped(command(settings)))
+    except (EngineError, ServerError, TritonProcessError) as error:
+        print(f"sdserver {command.__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 async def _until_stopped(work: Coroutine[None, None, None]) -> None:

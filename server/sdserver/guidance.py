@@ -8,7 +8,7 @@ an image costs one row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,5 +81,6 @@ def blend(
     )
 
 
-def _mean(states: Array, weights: Sequence[float]) -> NDArray[Any]:
-    return np.average(states, axis=0, weights=weights)
+def _mean(states: Array, weights: Sequence[float]) -> NDArray[np.float64]:
+    mean: NDArray[np.float64] = np.average(states, axis=0, weights=weights)
+    return mean

@@ -232,7 +232,8 @@ class _Generation:
                     self._completed(index, step)
         except StopIteration as end:
             self._completed(index, self.request.steps)
-            return end.value
+            latents: Array = end.value
+            return latents
 
     async def _guided(self, x: Array, sigma: float, coefficients: tuple[float, ...], text_states: Array) -> Array:
         """x0 as the sum of the rows' predictions; rows that add nothing are not computed."""

@@ -132,11 +132,13 @@ class NoiseSchedule:
         timesteps: NDArray[np.float64]
         match self.timestep_spacing:
             case "trailing":
-                timesteps = np.linspace(train, 0, steps, endpoint=False).round() - 1
+                # Cut, because rounding can make the range one longer.
+                timesteps = np.arange(train, 0, -train / steps)[:steps].round() - 1
             case "leading":
                 timesteps = np.arange(steps - 1.0, -1.0, -1.0) * (train // steps) + self.steps_offset
             case "linspace":
-                timesteps = np.linspace(train - 1, 0, steps).round()
+                # Cut, so that a single step starts at the noisy end.
+                timesteps = np.linspace(0, train - 1, max(steps, 2)).round()[::-1][:steps]
             case _:
                 assert_never(self.timestep_spacing)
         if timesteps[0] >= train:

@@ -91,7 +91,7 @@ class Server:
         )
         server = grpc.aio.server(interceptors=[StatusInterceptor()], options=OPTIONS)
         service = GenerationService(self.catalog, pipeline, monitor.is_ready, settings.send_timeout_seconds)
-        add_GenerationServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        add_GenerationServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
         address = f"{settings.host}:{settings.port}"

@@ -56,7 +56,7 @@ class GenerationService(GenerationServiceServicer):
             async for event in events:
                 await self._send(event, context)
 
-    async def ListEngines(  # type: ignore[override]  # noqa: N802
+    async def ListEngines(  # noqa: N802
         self, message: generation_pb2.ListEnginesRequest, context: Context
     ) -> generation_pb2.ListEnginesResponse:
         return generation_pb2.ListEnginesResponse(
@@ -84,9 +84,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
             return handler

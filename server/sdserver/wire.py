@@ -132,7 +132,7 @@ class _Reader:
         return request
 
     def _integer(self, field: str, least: int, most: int, default: int) -> int:
-        if not self._message.HasField(field):  # type: ignore[arg-type]
+        if not self._message.HasField(field):
             return default
         value: int = getattr(self._message, field)
         if value < least:
@@ -142,7 +142,7 @@ class _Reader:
         return value
 
     def _number(self, field: str, least: float, most: float, default: float) -> float:
-        if not self._message.HasField(field):  # type: ignore[arg-type]
+        if not self._message.HasField(field):
             return default
         return self._in_range(field, getattr(self._message, field), least, most)
 

@@ -1,0 +1,359 @@
+"""What the SDK takes and gives: plain, frozen values. No gRPC and no protobuf here.
+
+Whatever is None is left out of the request, and the server chooses it; 0 is a value. The defaults are the server's
+alone: `Accepted.options` says what it chose, `Engine.defaults` what it will choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import os
+
+    from PIL.Image import Image as PILImage
+
+Sampler = Literal["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
+"""Integrates the denoising equation from noise to image."""
+
+Schedule = Literal["native", "karras"]
+"""Places the steps along the noise levels: evenly spaced training timesteps, or Karras et al. 2022 with rho = 7."""
+
+Blending = Literal["text_encoder", "composable"]
+"""How several prompts become one guidance direction: averaged text states (two UNet rows an image and step, however
+many prompts there are), or composable diffusion (arXiv:2206.01714, one row a prompt)."""
+
+MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+"""File suffix -> the media type that it promises."""
+
+
+# ----------------------------------------------------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text and its share in the image, -10 to 10: negative pushes away, 0 switches the prompt off, None is 1."""
+
+    text: str
+    weight: float | None = None
+
+
+Prompts = str | Prompt | Sequence[str | Prompt | tuple[str, float]]
+"""One prompt, or several; a weighted one is a `Prompt` or a tuple `(text, weight)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceInterval:
+    """Restricts classifier-free guidance to a part of the steps, as fractions: 0 is the first step, 1 the end."""
+
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipGuidance:
+    """Steers by a CLIP model's similarity to the prompt. `ClipGuidance()` turns it on with the engine's defaults."""
+
+    scale: float | None = None
+    """Strength, 0 to 10."""
+    cutouts: int | None = None
+    """Random crops that CLIP looks at in each step, 0 (the whole image) to 64."""
+    start: float | None = None
+    """Fraction of the steps at which it starts, 0 to 1."""
+    end: float | None = None
+    """Fraction of the steps at which it ends, 0 to 1."""
+    prompt: str | None = None
+    """What CLIP is asked to see; None: the positive prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class InitImage:
+    """The image to start from instead of noise."""
+
+    data: bytes = field(repr=False)
+    """An encoded PNG, JPEG or WebP."""
+    strength: float | None = None
+    """How much of the schedule is run on it, 0 (keeps the image) to 1 (ignores it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The part of the initial image to repaint."""
+
+    data: bytes = field(repr=False)
+    """An encoded PNG, JPEG or WebP, read as grey: white is repainted, black is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """File format of the images."""
+
+    media_type: str | None = None
+    """`image/png`, `image/webp` or `image/jpeg`."""
+    quality: int | None = None
+    """Quality of a lossy format, 1 to 100."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewOptions:
+    """Turns on previews while denoising."""
+
+    every_steps: int | None = None
+    """A preview after every so many steps."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `generate` and `stream`. What is left out, or None, is the server's choice."""
+
+    engine: str | None
+    """Id of an engine of `engines()`."""
+    width: int | None
+    """Pixels, any integer within the engine's limits."""
+    height: int | None
+    """Pixels, any integer within the engine's limits."""
+    steps: int | None
+    """Denoising steps."""
+    sampler: Sampler | None
+    """Integrates the denoising equation."""
+    schedule: Schedule | None
+    """Places the steps along the noise levels."""
+    seed: int | None
+    """Seed of the first image, 0 to 2**63 - 1; image `i` uses `seed + i`. 0 is a seed like any other."""
+    image_count: int | None
+    """Images to generate."""
+    guidance_scale: float | None
+    """Classifier-free guidance scale, 0 to 100. 1 turns guidance off and halves the work."""
+    guidance_interval: GuidanceInterval | None
+    """Restricts classifier-free guidance to a part of the schedule."""
+    blending: Blending | None
+    """How several prompts become one guidance direction."""
+    clip_guidance: ClipGuidance | None
+    """Turns on CLIP guidance."""
+    init_image: InitImage | None
+    """Starts from this image instead of pure noise."""
+    mask: Mask | None
+    """Repaints only a part of `init_image`."""
+    output: Output | None
+    """File format of the images."""
+    preview: PreviewOptions | None
+    """Turns on previews while denoising."""
+    request_id: str | None
+    """Names this request in logs, errors and events; at most 128 printable ASCII characters."""
+    timeout: float | None
+    """Seconds for the whole call, retries included, instead of the client's `timeout`. None: no limit."""
+
+
+# ------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request is valid and has its place. Always the first event.
+
+    `client.generate(accepted.prompts, **accepted.options)` makes the same images again.
+    """
+
+    request_id: str
+    """The request's name in logs and errors."""
+    prompts: tuple[Prompt, ...]
+    """The prompts with their weights."""
+    options: GenerateOptions
+    """Everything else that makes the images what they are, resolved: engine, size, seed, sampler and so on."""
+    queue_position: int
+    """Requests that have to finish before this one starts; 0 when it starts at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """All images of the request have completed `step` of `steps` denoising steps."""
+
+    step: int
+    """0 when the request has left the queue and its denoising begins, then 1 to `steps`."""
+    steps: int
+    """Steps in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    data: bytes = field(repr=False)
+    """The encoded file."""
+    media_type: str
+    """Its format, such as `image/png`."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    index: int
+    """Which image of the request, from 0."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the encoded file as it is, over any file that is there, and return its path.
+
+        Raises ValueError where the suffix promises another format: nothing is encoded again here.
+        """
+        path = Path(path)
+        promised = MEDIA_TYPES.get(path.suffix.lower(), self.media_type)
+        if promised != self.media_type:
+            raise ValueError(
+                f"{path.name} promises {promised}, but this image is {self.media_type}: choose another suffix, or ask "
+                f"for output=Output({promised!r})"
+            )
+        path.write_bytes(self.data)
+        return path
+
+    def to_pil(self) -> PILImage:
+        """The decoded picture as a Pillow image. Needs Pillow."""
+        from io import BytesIO
+
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise ImportError("to_pil() and show() need Pillow: pip install 'sd-service[cli]'") from error
+        with PIL.Image.open(BytesIO(self.data)) as image:
+            image.load()
+            return image
+
+    def show(self) -> None:
+        """Open the picture in this machine's viewer. Needs Pillow."""
+        self.to_pil().show()
+
+    def _repr_png_(self) -> bytes | None:
+        return self.data if self.media_type == "image/png" else None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.data if self.media_type == "image/jpeg" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Preview(_Picture):
+    """A small picture of an unfinished image; only when asked for."""
+
+    step: int
+    """Denoising steps behind this picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image(_Picture):
+    """A finished image. It shows itself in a notebook."""
+
+    seed: int
+    """The seed that reproduces this image alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a generation cost."""
+
+    image_count: int
+    """Images made."""
+    unet_rows: int
+    """UNet rows computed: one latent under one condition at one noise level."""
+    pixel_steps: int
+    """Pixels of the generated size, summed over the UNet rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a generation went, in seconds on the server's clock."""
+
+    queue: float
+    """Waiting for a place."""
+    encode: float
+    """Encoding the prompts."""
+    denoise: float
+    """Denoising, waiting for shared UNet calls included."""
+    decode: float
+    """Decoding latents and writing files."""
+    total: float
+    """All of it, from arrival to the last image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Every image has been sent. Always the last event."""
+
+    usage: Usage
+    timings: Timings
+
+
+Event = Accepted | Progress | Preview | Image | Finished
+"""What a stream yields; made for `match`. Later versions may add members."""
+
+
+# ------------------------------------------------------------------------------------------------------------ engines
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What requests may ask of an engine."""
+
+    min_size: int
+    """Least width and height, in pixels."""
+    max_size: int
+    """Greatest width and height, in pixels."""
+    max_pixels: int
+    """Greatest product of width and height, in pixels."""
+    size_multiple: int
+    """Sizes are generated at the next multiple of this, in pixels, and cropped."""
+    max_steps: int
+    """Most denoising steps."""
+    max_image_count: int
+    """Most images of one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDefaults:
+    """What an engine does when a request leaves things open."""
+
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: Sampler | None
+    """None: one that this version of the SDK does not know."""
+    schedule: Schedule | None
+    """None: one that this version of the SDK does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class License:
+    """Under which terms an engine may be used."""
+
+    name: str
+    """SPDX identifier, or the licence's own name."""
+    url: str
+    """Where its text is. May be empty."""
+    use_restrictions: str
+    """Restrictions on use, in plain words. Empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A Stable Diffusion engine of the server."""
+
+    id: str
+    """Names it in requests."""
+    name: str
+    """Name for people."""
+    description: str
+    """What it makes."""
+    ready: bool
+    """Whether its models are loaded and answer."""
+    digest: str
+    """The same digest and the same resolved request give the same images."""
+    native_width: int
+    """Width that it was trained for, in pixels."""
+    native_height: int
+    """Height that it was trained for, in pixels."""
+    limits: EngineLimits
+    defaults: EngineDefaults
+    samplers: tuple[Sampler, ...]
+    """Samplers that it accepts and this version of the SDK knows."""
+    schedules: tuple[Schedule, ...]
+    """Schedules that it accepts and this version of the SDK knows."""
+    media_types: tuple[str, ...]
+    """Formats that it writes."""
+    license: License

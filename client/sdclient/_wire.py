@@ -1,0 +1,256 @@
+"""The one door between the SDK's types and the messages of `sdapi.v1`, and how its channels are set up.
+
+gRPC and protobuf are most of what the SDK costs to import, so they are imported where they are used: the first client
+pays for them, not `import sdclient`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from ._errors import InvalidRequestError
+from ._types import (
+    Accepted,
+    Blending,
+    ClipGuidance,
+    Engine,
+    EngineDefaults,
+    EngineLimits,
+    Finished,
+    GenerateOptions,
+    GuidanceInterval,
+    Image,
+    InitImage,
+    License,
+    Mask,
+    Output,
+    Preview,
+    PreviewOptions,
+    Progress,
+    Prompt,
+    Sampler,
+    Schedule,
+    Timings,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    import grpc
+    from google.protobuf.descriptor import FieldDescriptor
+    from google.protobuf.message import Message
+    from sdapi.v1.generation_pb2 import GenerateRequest, GenerateResponse, ListEnginesRequest, ListEnginesResponse
+
+    from ._types import Event, Prompts
+
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "sdapi.v1.GenerationService"}],
+            # gRPC retries only while no event has arrived, waits as long as the server asks (`grpc-retry-pushback-ms`)
+            # and stays within the call's timeout. 5 is the most that it allows.
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ]
+}
+
+CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
+    ("grpc.service_config", json.dumps(_RETRIES)),
+    # A request is kept for retries only while it fits; the default would not hold an initial image.
+    ("grpc.per_rpc_retry_buffer_size", 16 << 20),
+    ("grpc.max_receive_message_length", 64 << 20),
+    # Finds a connection that died without a word, within 40 s, while an event is awaited.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # An address that swallows packets fails in 5 s rather than 20, and a server that returns is found within 5 s.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.primary_user_agent", "sdclient"),
+]
+
+# Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "Blending": get_args(Blending),
+    "Sampler": get_args(Sampler),
+    "Schedule": get_args(Schedule),
+}
+
+# Message -> the SDK's type with the same fields.
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Prompt, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
+        *(Progress, Preview, Image, Finished, Usage, Timings),
+        *(Engine, EngineLimits, EngineDefaults, License),
+    )
+}
+
+
+def credentials(tls: bool | str | os.PathLike[str]) -> grpc.ChannelCredentials | None:
+    """TLS credentials: True trusts the public authorities, a path those in its PEM file; None for False."""
+    import grpc
+
+    if tls is False:
+        return None
+    return grpc.ssl_channel_credentials(None if tls is True else Path(tls).read_bytes())
+
+
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """The headers of every call."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:
+    """The message of a request. What is None stays absent.
+
+    Raises InvalidRequestError with everything that does not fit the message, TypeError for an option that does not
+    exist or has the wrong type. Whether the values make sense is for the server to say.
+    """
+    from sdapi.v1 import generation_pb2
+
+    request = generation_pb2.GenerateRequest()
+    values: dict[str, Any] = {"prompts": _read_prompts(prompts), **options}
+    values.pop("timeout", None)
+    violations: dict[str, str] = {}
+    for name, value in values.items():
+        field = _fields_by_name(request).get(name)
+        if field is None:
+            raise TypeError(f"there is no option {name!r}; there are {', '.join(GenerateOptions.__annotations__)}")
+        try:
+            request.MergeFrom(generation_pb2.GenerateRequest(**{name: _to_field(field, value)}))
+        except ValueError as error:
+            violations[name] = str(error)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+    if violations:
+        message = "; ".join(f"{name}: {problem}" for name, problem in violations.items())
+        raise InvalidRequestError(message, code="INVALID_ARGUMENT", violations=violations)
+    return request
+
+
+def _read_prompts(prompts: Prompts) -> list[Prompt]:
+    return [_read_prompt(item) for item in ([prompts] if isinstance(prompts, str | Prompt) else prompts)]
+
+
+def _read_prompt(prompt: str | Prompt | tuple[str, float]) -> Prompt:
+    match prompt:
+        case Prompt():
+            return prompt
+        case str(text):
+            return Prompt(text)
+        case (str(text), weight):
+            return Prompt(text, weight)
+    raise TypeError(f"a prompt is a str, a Prompt or a tuple (text, weight), not {prompt!r}")
+
+
+def _to_field(field: FieldDescriptor, value: Any) -> Any:
+    """What a message's constructor takes for a field: None for nothing, enums by label, messages as dicts."""
+    if value is None:
+        return None
+    if field.is_repeated:
+        return [_to_item(item) for item in value]
+    if field.enum_type is not None:
+        choices = _CHOICES[field.enum_type.name]
+        if value not in choices:
+            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return f"{field.enum_type.name}_{value}".upper()
+    return _to_item(value)
+
+
+def _to_item(value: Any) -> Any:
+    if not is_dataclass(value):
+        return value
+    return {field.name: item for field in fields(value) if (item := getattr(value, field.name)) is not None}
+
+
+def engines_request() -> ListEnginesRequest:
+    """The message that asks for the engines."""
+    from sdapi.v1 import generation_pb2
+
+    return generation_pb2.ListEnginesRequest()
+
+
+def to_event(response: GenerateResponse) -> Event | None:
+    """The event of a response; None for one that this version does not know."""
+    name = response.WhichOneof("event")
+    if name is None:
+        return None
+    if name == "accepted":
+        return _accepted(response.accepted.request, response.accepted.queue_position)
+    event: Event = _from_message(getattr(response, name))
+    return event
+
+
+def to_engines(response: ListEnginesResponse) -> list[Engine]:
+    """The engines of a server, the default one first."""
+    return [_from_message(engine) for engine in response.engines]
+
+
+def _accepted(request: GenerateRequest, queue_position: int) -> Accepted:
+    resolved = {field.name: _from_field(field, value) for field, value in request.ListFields()}
+    prompts = resolved.pop("prompts", ())
+    request_id = resolved.pop("request_id", "")
+    options = {name: value for name, value in resolved.items() if value is not None}
+    return Accepted(request_id, prompts, cast("GenerateOptions", options), queue_position)
+
+
+def _from_message(message: Message) -> Any:
+    """The SDK's type of the same name, field by field. What is absent stays None where None is the default."""
+    if message.DESCRIPTOR.name == "Duration":
+        return message.ToTimedelta().total_seconds()  # type: ignore[attr-defined]
+    kind = _TYPES[message.DESCRIPTOR.name]
+    descriptors = _fields_by_name(message)
+    present = {field.name for field, _ in message.ListFields()}
+    return kind(
+        **{
+            field.name: _from_field(descriptors[field.name], getattr(message, field.name))
+            for field in fields(kind)
+            if field.name in present or field.default is MISSING
+        }
+    )
+
+
+def _fields_by_name(message: Message) -> Mapping[str, FieldDescriptor]:
+    # Its declared type also names a class of protobuf's C implementation, with the same attributes.
+    return cast("Mapping[str, FieldDescriptor]", message.DESCRIPTOR.fields_by_name)
+
+
+def _from_field(field: FieldDescriptor, value: Any) -> Any:
+    if field.is_repeated:
+        items = [_from_item(field, item) for item in value]
+        return tuple(item for item in items if item is not None)
+    return _from_item(field, value)
+
+
+def _from_item(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None:
+        return _from_message(value)
+    if field.enum_type is not None:
+        label = field.enum_type.values_by_number.get(value)
+        # A newer server's label is unknown here; `unspecified` names nothing.
+        name = "" if label is None else label.name.removeprefix(f"{field.enum_type.name}_".upper()).lower()
+        return name if name in _CHOICES[field.enum_type.name] else None
+    if field.cpp_type == field.CPPTYPE_FLOAT:
+        return _shortest(value)
+    return value
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same 32-bit float: 7.1 rather than 7.099999904632568."""
+    for digits in range(1, 9):
+        short = float(f"{value:.{digits}g}")
+        if struct.pack("f", short) == struct.pack("f", value):
+            return short
+    return value

@@ -1,0 +1,138 @@
+"""`make demo`: starts a real Triton and the server, writes three pictures and a contact sheet, stops everything."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image as Pillow
+from PIL import ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sdclient import Client, Image, Prompt, UnavailableError
+from sdclient import Progress as Step
+from sdserver.triton_process import why_not
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LANDSCAPE = "a landscape on a sunny day"
+# File name, prompts, width, height. The last two differ by the negative prompt alone.
+PICTURES = [
+    ("valley", [Prompt("a valley in the Alps at sunset, epic vista")], 384, 128),
+    ("landscape", [Prompt(LANDSCAPE)], 256, 128),
+    ("landscape-without-trees", [Prompt(LANDSCAPE), Prompt("trees, leaves, greenery", -1)], 256, 128),
+]
+SEED = 7
+START_SECONDS = 180.0
+
+
+def main() -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the pictures (out/demo)")
+    folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    log = folder / "server.log"
+    times = Table("part", "seconds")
+    started = time.monotonic()
+
+    reason = why_not()
+    if reason:
+        console.print(f"Triton cannot run here, so the models run inside the server: {reason}")
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task("start the server" if reason else "start Triton and the server", total=None)
+        with running_server("in-process" if reason else "triton", log) as (target, process), Client(target) as client:
+            wait_until_ready(client, process, log)
+            done(bars, bar, times)
+            files = []
+            for name, prompts, width, height in PICTURES:
+                bar = bars.add_task(name, total=None)
+                files.append(folder / f"{name}.png")
+                with client.stream(prompts, width=width, height=height, seed=SEED) as events:
+                    for event in events:
+                        match event:
+                            case Step(step=step, steps=steps):
+                                bars.update(bar, completed=step, total=steps)
+                            case Image():
+                                event.save(files[-1])
+                done(bars, bar, times)
+            bar = bars.add_task("stop everything", total=None)
+        done(bars, bar, times)
+
+    sheet = folder / "contact-sheet.png"
+    write_contact_sheet(sheet, files)
+    times.add_row("all", f"{time.monotonic() - started:.2f}", style="bold")
+    console.print(times)
+    for path in (*files, sheet):
+        console.print(f"wrote {path}", highlight=False)
+    return 0
+
+
+@contextmanager
+def running_server(backend: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server, with Triton if `backend` is triton, on free ports; its log goes to a file."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ports = [f"--{name}=0" for name in ("triton-grpc-port", "triton-http-port", "triton-metrics-port")]
+    command = [sys.executable, "-m", "sdserver", "up", f"--port={port}", f"--backend={backend}", *ports]
+    with log.open("wb") as output, subprocess.Popen(command, stderr=output, stdout=output) as process:
+        try:
+            yield f"127.0.0.1:{port}", process
+        finally:
+            process.terminate()
+
+
+def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits until an engine is ready. Raises SystemExit with the end of the log when the server ends instead."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if any(engine.ready for engine in client.engines(timeout=5)):
+                return
+        except UnavailableError:
+            pass
+        time.sleep(0.2)
+    lines = log.read_text(errors="replace").splitlines()
+    raise SystemExit("\n".join([*lines[-20:], f"demo: the server did not start; its log is {log}"]))
+
+
+def done(bars: Progress, bar: int, times: Table) -> None:
+    """Marks a part as done and notes how long it took."""
+    task = bars.tasks[bar]
+    total = task.total or 1
+    bars.update(task.id, total=total, completed=total)
+    bars.stop_task(task.id)
+    times.add_row(task.description, f"{task.elapsed or 0:.2f}")
+
+
+def write_contact_sheet(path: Path, files: list[Path]) -> None:
+    """All pictures below each other at twice their size, each with its prompts above it."""
+    margin, caption = 8, 20
+    pictures = [Pillow.open(file).convert("RGB") for file in files]
+    pictures = [picture.resize((picture.width * 2, picture.height * 2)) for picture in pictures]
+    width = max(picture.width for picture in pictures) + 2 * margin
+    height = sum(picture.height + caption + margin for picture in pictures) + margin
+    sheet = Pillow.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = margin
+    for picture, (_, prompts, *_) in zip(pictures, PICTURES, strict=True):
+        text = " | ".join(f"{prompt.text} : {prompt.weight:g}" for prompt in prompts)
+        draw.text((margin, top + 4), text, fill="black")
+        sheet.paste(picture, (margin, top + caption))
+        top += picture.height + caption + margin
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

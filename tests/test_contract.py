@@ -1,0 +1,236 @@
+"""The contract, over a backend without weights and over the real Triton with the shipped engine: the same tests."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from calls import TEXT, a_request, details_of, events_of, failure_of, image_of, images_of, violations_of
+from google.rpc import error_details_pb2
+from PIL import Image
+from sdapi.v1 import generation_pb2, sampling_pb2
+from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
+from sdserver.backends.triton import TritonBackend
+from sdserver.samplers import SAMPLERS
+from sdserver.server import Server
+from tritonclient.grpc.aio import InferenceServerClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fakes import FakeBackend
+    from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from sdserver.settings import ServeSettings
+
+NAN, INFINITY = float("nan"), float("inf")
+
+ModelCalls = Callable[[], Awaitable[int]]
+
+
+@pytest.fixture(params=["fake", "triton"])
+def which(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def contract_settings(which: str, request: pytest.FixtureRequest) -> ServeSettings:
+    settings: ServeSettings = request.getfixturevalue("settings" if which == "fake" else "triton_settings")
+    return settings
+
+
+@pytest.fixture
+async def stub(
+    which: str, contract_settings: ServeSettings, backend: FakeBackend
+) -> AsyncIterator[GenerationServiceAsyncStub]:
+    models = backend if which == "fake" else TritonBackend(contract_settings.triton_url)
+    async with (
+        Server(contract_settings, models) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        yield GenerationServiceStub(channel)
+
+
+@pytest.fixture
+async def model_calls(which: str, contract_settings: ServeSettings, backend: FakeBackend) -> AsyncIterator[ModelCalls]:
+    """How often a model was called until now: counted by the fake, or by Triton's own statistics."""
+
+    async def of_fake() -> int:
+        return backend.calls
+
+    async def of_triton() -> int:
+        statistics = await triton.get_inference_statistics()
+        return sum(int(model.inference_count) for model in statistics.model_stats)
+
+    if which == "fake":
+        yield of_fake
+    else:
+        async with InferenceServerClient(contract_settings.triton_url) as triton:
+            yield of_triton
+
+
+async def test_events_come_in_order_and_say_what_was_decided(stub: GenerationServiceAsyncStub) -> None:
+    events = await events_of(stub, generation_pb2.GenerateRequest(prompts=[{"text": TEXT}], request_id="me-1"))
+    kinds = [event.WhichOneof("event") for event in events]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == ["accepted", "progress", "image", "finished"]
+    resolved = events[0].accepted.request
+    assert resolved.request_id == "me-1"
+    assert (resolved.engine, resolved.width, resolved.height, resolved.image_count) == ("tiny-landscape", 128, 128, 1)
+    assert resolved.steps == events[1].progress.steps == 25
+    assert resolved.guidance_scale == 5.0
+    assert resolved.sampler == sampling_pb2.SAMPLER_DDIM
+    assert resolved.prompts[0].weight == 1.0
+    steps = [event.progress.step for event in events if event.HasField("progress")]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 25)
+    finished = events[-1].finished
+    assert finished.usage.image_count == 1
+    assert finished.usage.unet_rows == 50
+    assert finished.usage.pixel_steps == 50 * 128 * 128
+    assert 0 < finished.timings.denoise.ToNanoseconds() <= finished.timings.total.ToNanoseconds()
+
+
+async def test_the_resolved_request_reproduces_the_images(stub: GenerationServiceAsyncStub) -> None:
+    first = await events_of(stub, a_request(image_count=2, sampler=sampling_pb2.SAMPLER_EULER_ANCESTRAL))
+    again = await events_of(stub, first[0].accepted.request)
+    assert images_of(first) == images_of(again)
+    assert len(images_of(first)) == 2
+    assert again[0].accepted.request == first[0].accepted.request
+
+
+async def test_seed_zero_is_a_seed_and_images_count_up_from_it(stub: GenerationServiceAsyncStub) -> None:
+    events = await events_of(stub, a_request(seed=0, image_count=3))
+    assert [(image.index, image.seed) for image in images_of(events)] == [(0, 0), (1, 1), (2, 2)]
+
+
+async def test_sizes_that_are_no_multiple_are_generated_larger_and_cropped(stub: GenerationServiceAsyncStub) -> None:
+    events = await events_of(stub, a_request(width=333, height=17))
+    [image] = images_of(events)
+    assert Image.open(io.BytesIO(image.data)).size == (image.width, image.height) == (333, 17)
+    assert events[-1].finished.usage.pixel_steps == 8 * 352 * 32
+
+
+@pytest.mark.parametrize(("media_type", "name"), [("image/png", "PNG"), ("image/webp", "WEBP"), ("image/jpeg", "JPEG")])
+async def test_the_image_has_the_format_that_was_asked_for(
+    stub: GenerationServiceAsyncStub, media_type: str, name: str
+) -> None:
+    image = await image_of(stub, a_request(output={"media_type": media_type}))
+    assert image.format == name
+
+
+async def test_without_guidance_an_image_costs_one_row_a_step(stub: GenerationServiceAsyncStub) -> None:
+    for fields, rows in (
+        ({"guidance_scale": 1.0}, 4),
+        ({"guidance_scale": 0.0}, 4),
+        ({"guidance_interval": {"start": 0.5}}, 6),
+        ({"guidance_interval": {"end": 0.25}}, 5),
+        ({"blending": "BLENDING_COMPOSABLE", "prompts": [{"text": "a"}, {"text": "b"}]}, 12),
+    ):
+        events = await events_of(stub, a_request(**fields))
+        assert events[-1].finished.usage.unet_rows == rows, fields
+
+
+BAD: list[tuple[dict[str, Any], set[str]]] = [
+    ({"prompts": []}, {"prompts"}),
+    ({"prompts": [{"text": "x"}] * 65}, {"prompts"}),
+    ({"prompts": [{"text": "x", "weight": 0.0}]}, {"prompts"}),
+    ({"prompts": [{"text": " \n"}, {"text": "ok"}, {"text": ""}]}, {"prompts[0].text", "prompts[2].text"}),
+    ({"prompts": [{"text": "x" * 10_001}]}, {"prompts[0].text"}),
+    ({"prompts": [{"text": "x", "weight": NAN}]}, {"prompts[0].weight"}),
+    ({"prompts": [{"text": "x", "weight": 10.5}]}, {"prompts[0].weight"}),
+    ({"width": 0}, {"width"}),
+    ({"width": -1, "height": 2**31 - 1}, {"width", "height"}),
+    ({"width": 15}, {"width"}),
+    ({"width": 512, "height": 512}, {"width"}),
+    ({"steps": 0}, {"steps"}),
+    ({"steps": 10**9}, {"steps"}),
+    ({"image_count": 0}, {"image_count"}),
+    ({"image_count": 10**6}, {"image_count"}),
+    ({"seed": -1}, {"seed"}),
+    ({"seed": 2**63 - 1, "image_count": 2}, {"seed"}),
+    ({"guidance_scale": NAN}, {"guidance_scale"}),
+    ({"guidance_scale": INFINITY}, {"guidance_scale"}),
+    ({"guidance_scale": -0.5}, {"guidance_scale"}),
+    ({"guidance_scale": 1e38}, {"guidance_scale"}),
+    ({"guidance_interval": {"start": NAN}}, {"guidance_interval.start"}),
+    ({"guidance_interval": {"start": 0.5, "end": 0.5}}, {"guidance_interval.end"}),
+    ({"sampler": 999}, {"sampler"}),
+    ({"schedule": 999}, {"schedule"}),
+    ({"blending": 999}, {"blending"}),
+    ({"output": {"media_type": "image/gif"}}, {"output.media_type"}),
+    ({"output": {"media_type": "image/png", "quality": 90}}, {"output.quality"}),
+    ({"output": {"media_type": "image/jpeg", "quality": 0}}, {"output.quality"}),
+    ({"request_id": "a\nb"}, {"request_id"}),
+    ({"request_id": "x" * 129}, {"request_id"}),
+    ({"mask": {"data": b"x"}}, {"mask"}),
+    ({"prompts": [], "width": 0, "steps": 0, "guidance_scale": NAN}, {"prompts", "width", "steps", "guidance_scale"}),
+]
+
+
+@pytest.mark.parametrize(("fields", "violated"), BAD)
+async def test_bad_fields_are_all_named_at_once_and_never_reach_the_models(
+    stub: GenerationServiceAsyncStub, model_calls: ModelCalls, fields: dict[str, Any], violated: set[str]
+) -> None:
+    before = await model_calls()
+    error = await failure_of(stub, a_request(**fields))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violations_of(error).keys() == violated
+    info = details_of(error, error_details_pb2.ErrorInfo)
+    assert (info.reason, info.domain) == ("INVALID_REQUEST", "sdapi")
+    assert info.metadata["request_id"]
+    assert await model_calls() == before
+
+
+async def test_an_unknown_engine_is_not_found_and_the_answer_names_the_engines(
+    stub: GenerationServiceAsyncStub, model_calls: ModelCalls
+) -> None:
+    before = await model_calls()
+    for engine in ("nope", "../../etc/passwd", "x" * 65_536, "tiny-landscape\0"):
+        error = await failure_of(stub, a_request(engine=engine))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert "tiny-landscape" in (error.details() or "")
+        assert details_of(error, error_details_pb2.ErrorInfo).reason == "UNKNOWN_ENGINE"
+    assert await model_calls() == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"clip_guidance": {}},
+        {"init_image": {"data": b"x"}},
+        {"init_image": {"data": b"x"}, "mask": {"data": b"x"}},
+        {"preview": {}},
+    ],
+)
+async def test_what_the_server_cannot_do_yet_is_unimplemented_and_never_ignored(
+    stub: GenerationServiceAsyncStub, model_calls: ModelCalls, fields: dict[str, Any]
+) -> None:
+    before = await model_calls()
+    error = await failure_of(stub, a_request(**fields))
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert details_of(error, error_details_pb2.ErrorInfo).metadata["field"] in fields
+    assert await model_calls() == before
+
+
+async def test_a_prompt_that_is_too_long_for_the_text_encoder_is_refused_not_cut(
+    stub: GenerationServiceAsyncStub,
+) -> None:
+    error = await failure_of(stub, a_request(prompts=[{"text": "ok"}, {"text": "tree " * 76}]))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violations_of(error).keys() == {"prompts[1].text"}
+
+
+async def test_engines_are_published_with_everything_that_a_caller_needs(stub: GenerationServiceAsyncStub) -> None:
+    [engine] = (await stub.ListEngines(generation_pb2.ListEnginesRequest())).engines
+    assert engine.id == "tiny-landscape"
+    assert engine.ready
+    assert engine.digest.startswith("sha256:")
+    assert (engine.native_width, engine.native_height) == (128, 128)
+    assert engine.limits.min_size == 16
+    assert engine.defaults.steps == 25
+    assert len(engine.samplers) == len(SAMPLERS)
+    assert sampling_pb2.SAMPLER_UNSPECIFIED not in engine.samplers
+    assert engine.license.name == "Apache-2.0"

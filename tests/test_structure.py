@@ -1,0 +1,95 @@
+"""Imports flow one way, and the server runs without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    "sdapi": ROOT / "proto/sdapi",
+    "sdclient": ROOT / "client/sdclient",
+    "sdserver": ROOT / "server/sdserver",
+    "sdmodels": ROOT / "model_repository/sdmodels",
+}
+# The server's modules: each may import only what stands above it.
+LAYERS = [
+    {"samplers", "schedules", "parameterization", "noise", "errors", "settings", "logs", "triton_process"},
+    {"engines"},
+    {"request"},
+    {"guidance", "images", "admission", "step_scheduler", "backends"},
+    {"pipeline", "backends.triton", "backends.in_process"},
+    {"wire"},
+    {"service"},
+    {"health"},
+    {"server"},
+    {"__main__"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> dict[str, Path]:
+    folder = SOURCES[package]
+    return {
+        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in folder.rglob("*.py")
+    }
+
+
+def importers(package: str, imported: str) -> set[str]:
+    return {
+        name
+        for name, path in modules(package).items()
+        if any(module == imported or module.startswith(f"{imported}.") for module in imports(path))
+    }
+
+
+def test_only_the_models_import_torch_and_only_the_in_process_backend_imports_the_models() -> None:
+    for package in ("sdapi", "sdclient", "sdserver"):
+        for library in ("torch", "diffusers", "open_clip", "transformers"):
+            assert not importers(package, library), package
+    assert importers("sdserver", "sdmodels") == {"backends.in_process"}
+
+
+def test_client_and_server_know_the_contract_and_not_each_other() -> None:
+    for package, other in (("sdclient", "sdserver"), ("sdserver", "sdclient"), ("sdmodels", "sdserver")):
+        assert not importers(package, other)
+    assert not importers("sdclient", "numpy")
+
+
+def test_generated_code_has_one_door_on_each_side() -> None:
+    assert importers("sdserver", "sdapi") == {"wire", "service", "server"}
+    assert importers("sdclient", "sdapi") == {"_wire", "_sync", "_async"}
+
+
+def test_the_arithmetic_imports_nothing_but_numpy_and_the_standard_library() -> None:
+    allowed = sys.stdlib_module_names | {"numpy"}
+    for name in ("samplers", "schedules", "parameterization", "noise"):
+        tops = {module.split(".")[0] for module in imports(modules("sdserver")[name])}
+        assert tops <= allowed, name
+
+
+def test_the_server_modules_import_only_what_stands_below_them() -> None:
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    found = {name for name in modules("sdserver") if name != "__init__"}
+    assert found == level.keys()
+    for name in found:
+        used = {module.removeprefix("sdserver.") for module in imports(modules("sdserver")[name])}
+        for other in used & level.keys():
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_importing_the_server_does_not_import_torch() -> None:
+    code = "import sys, sdserver.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

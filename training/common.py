@@ -1,0 +1,180 @@
+"""What every stage shares: where its files lie, checkpoints that survive being cut off, CPU-time budgets, loss plots.
+
+A stage's budget is CPU time of its process (core-minutes), not wall time: training runs at the lowest priority beside
+other work, may be stopped and continued, and must come out the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKPOINT_SECONDS = 150.0
+
+
+def train_dir() -> Path:
+    """Folder of the world cache, checkpoints, logs and plots: $SD_TRAIN_DIR, else `.train` of the repository root."""
+    folder = Path(os.environ.get("SD_TRAIN_DIR") or Path(__file__).parent.parent / ".train")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def pid_file(stage: str) -> Iterator[Path]:
+    """Write `<stage>.pid` while the stage runs, so that one can SIGSTOP and SIGCONT it."""
+    path = train_dir() / f"{stage}.pid"
+    path.write_text(f"{os.getpid()}\n")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """torch.save that leaves either the old file or the new one, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def write_atomically(text: str, path: Path) -> None:
+    """Write text so that readers see the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, with the usual warm-up: min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.shadow = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.shadow[name].lerp_(value, 1 - decay)
+            else:
+                self.shadow[name].copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "shadow": self.shadow}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count, self.shadow = state["count"], state["shadow"]
+
+
+def learning_rate(peak: float, progress: float, *, warm: float, decay_from: float) -> float:
+    """Linear warm-up over `warm`, constant, then a cosine from `decay_from` to 1; `progress` in [0, 1]."""
+    if progress < warm:
+        return peak * max(progress / warm, 0.02)
+    if progress < decay_from:
+        return peak
+    along = min((progress - decay_from) / (1 - decay_from), 1.0)
+    return peak * max(0.5 * (1 + math.cos(math.pi * along)), 0.01)
+
+
+@dataclass
+class Run:
+    """The progress of one stage: steps, CPU seconds over all its sessions, the loss history, the clock of checkpoints."""
+
+    stage: str
+    core_seconds: float
+    step: int = 0
+    spent: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    _cpu: float = field(default_factory=time.process_time)
+    _saved: float = field(default_factory=time.monotonic)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _terms: int = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        return train_dir() / f"{self.stage}.pt"
+
+    @property
+    def progress(self) -> float:
+        return min(self.spent / self.core_seconds, 1.0)
+
+    @property
+    def finished(self) -> bool:
+        return self.spent >= self.core_seconds
+
+    def tick(self, **losses: float) -> None:
+        """Count one step and its losses; CPU time since the last tick goes onto the budget."""
+        now = time.process_time()
+        self.spent, self._cpu, self.step = self.spent + now - self._cpu, now, self.step + 1
+        self._terms += 1
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Mean losses since the last call; appended to the history and to `<stage>.jsonl`."""
+        row = {"step": float(self.step), "core_minutes": round(self.spent / 60, 2), "time": round(time.time(), 1)}
+        row |= {name: total / max(self._terms, 1) for name, total in self._sums.items()}
+        self._sums, self._terms = {}, 0
+        self.note(row)
+        return row
+
+    def note(self, row: dict[str, float]) -> None:
+        self.history.append(row)
+        with (train_dir() / f"{self.stage}.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def due(self) -> bool:
+        """Whether the next checkpoint is due; resets the clock when it is."""
+        if time.monotonic() - self._saved < CHECKPOINT_SECONDS and not self.finished:
+            return False
+        self._saved = time.monotonic()
+        return True
+
+    def save(self, **state: Any) -> None:
+        run = {"step": self.step, "spent": self.spent, "history": self.history}
+        save_atomically({"run": run, **state}, self.checkpoint)
+        plot(self.history, train_dir() / f"{self.stage}.png", self.stage)
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint, or None at the very start; moves this run to where it was."""
+        if not self.checkpoint.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.checkpoint, weights_only=False)
+        run = state.pop("run")
+        self.step, self.spent, self.history = run["step"], run["spent"], run["history"]
+        return state
+
+
+def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
+    """Loss curves over core-minutes as a PNG; one panel for each quantity."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = sorted({name for row in history for name in row} - {"step", "core_minutes", "time"})
+    if not names:
+        return
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        points = [(row["core_minutes"], row[name]) for row in history if name in row]
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set_title(f"{title}: {name}", fontsize=9)
+        axis.set_xlabel("core-minutes", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
