@@ -240,7 +240,7 @@ def test_the_levels_and_timesteps_are_those_of_diffusers(case: Case) -> None:
         # The multistep schedulers round the timesteps of Karras levels; ours stay at their levels.
         rounding = 0.5 if case.levels == "karras" and case.sampler in MULTISTEP else 0.0
         ours_at = [schedule.timestep(sigma) for sigma in ours]
-        np.testing.assert_allclose(ours_at, timesteps, rtol=0, atol=rounding + 1e-3)
+        np.testing.assert_allclose(ours_at, timesteps, rtol=0, atol=rounding + 2e-3)
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])

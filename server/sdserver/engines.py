@@ -99,6 +99,8 @@ class Engine(_Data):
             raise ValueError(f"defaults.schedule is {self.defaults.schedule!r}; it must be native or karras")
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
+        if self.noise_schedule.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError("rescale_zero_terminal_snr needs v_prediction: pure noise says nothing about its epsilon")
         # Fails now, and not in a request, if the schedule has no room for so many steps.
         self.noise_schedule.native(self.limits.max_steps)
         return self

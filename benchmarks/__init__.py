@@ -1,0 +1,1 @@
+"""Benchmarks: figures are ratios from one run, because machines are shared and noisy."""

@@ -1,0 +1,158 @@
+"""SDK, server, real Triton, shipped engine: the pictures show what was asked for, and faults of Triton pass."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from sdclient import AsyncClient, Image, InvalidRequestError, Progress, Prompt, UnavailableError
+from sdserver.server import Server
+from sdserver.triton_process import TritonProcess
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sdserver.engines import Catalog
+    from sdserver.settings import ServeSettings
+
+SEEDS = 4
+
+Pixels = NDArray[np.float64]
+
+
+@pytest.fixture
+async def client(triton_settings: ServeSettings) -> AsyncIterator[AsyncClient]:
+    async with Server(triton_settings) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        yield client
+
+
+def pixels(image: Image) -> Pixels:
+    """[H, W, 3] of a picture, 0 to 1."""
+    return np.asarray(Pillow.open(io.BytesIO(image.data)).convert("RGB"), np.float64) / 255
+
+
+def share(mask: NDArray[np.bool_]) -> float:
+    return float(mask.mean())
+
+
+def green(picture: Pixels) -> float:
+    """Share of pixels in which green leads clearly."""
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    return share((green > red + 0.08) & (green > blue + 0.08))
+
+
+def blue_below(picture: Pixels) -> float:
+    """Share of the lower half in which blue leads clearly."""
+    red, green, blue = np.moveaxis(picture[picture.shape[0] // 2 :], -1, 0)
+    return share((blue > red + 0.15) & (blue > green + 0.08))
+
+
+async def pictures(client: AsyncClient, prompts: str | list[Prompt]) -> list[Pixels]:
+    return [pixels(image) for image in await client.generate(prompts, steps=20, seed=0, image_count=SEEDS)]
+
+
+async def test_night_is_dark_and_day_is_bright(client: AsyncClient) -> None:
+    nights, days = await asyncio.gather(pictures(client, "a meadow at night"), pictures(client, "a meadow, sunny day"))
+    assert max(night.mean() for night in nights) < 0.35 < 0.45 < min(day.mean() for day in days)
+
+
+async def test_a_forest_is_green_and_a_sea_is_blue(client: AsyncClient) -> None:
+    forests, seas = await asyncio.gather(pictures(client, "a green forest, day"), pictures(client, "the open sea, day"))
+    for forest, sea in zip(forests, seas, strict=True):
+        assert green(forest) > 0.3 > 0.1 > green(sea)
+        assert blue_below(sea) > 0.5 > 0.1 > blue_below(forest)
+
+
+async def test_a_negative_prompt_takes_the_trees_away(client: AsyncClient) -> None:
+    prompt = Prompt("a landscape on a sunny day, trees")
+    plain = await pictures(client, [prompt])
+    without = await pictures(client, [prompt, Prompt("trees, leaves, greenery", -1)])
+    assert np.mean([green(picture) for picture in without]) < 0.5 * np.mean([green(picture) for picture in plain])
+
+
+async def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_picture(client: AsyncClient) -> None:
+    first, again, other = [(await client.generate("a lake", steps=5, seed=seed))[0].data for seed in (0, 0, 1)]
+    assert first == again != other
+
+
+async def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(client: AsyncClient) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await client.generate(["a lake", "tree " * 100])
+    assert caught.value.violations.keys() == {"prompts[1].text"}
+
+
+async def test_leaving_the_stream_frees_triton(triton_settings: ServeSettings) -> None:
+    async with Server(triton_settings) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with client.stream("a lake", steps=150) as events:
+            async for event in events:
+                if isinstance(event, Progress) and event.step >= 2:
+                    break
+        async with asyncio.timeout(5):
+            while server.admission.active:
+                await asyncio.sleep(0.01)
+        assert (await client.generate("a lake", steps=2))[0].data
+
+
+async def test_a_killed_triton_is_unavailable_and_the_server_finds_the_next_one_by_itself(
+    settings: ServeSettings, catalog: Catalog
+) -> None:
+    async def start(port: int = 0) -> TritonProcess:
+        process = TritonProcess(
+            settings.model_repository, catalog.default.models, grpc_port=port, http_port=0, metrics_port=0
+        )
+        return await process.__aenter__()
+
+    first = await start()
+    url = f"127.0.0.1:{first.grpc_port}"
+    async with (
+        Server(settings.model_copy(update={"triton_url": url})) as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        assert await client.generate("a lake", steps=2)
+        running = asyncio.create_task(client.generate("a lake", steps=150, image_count=4))
+        while server.admission.active == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(UnavailableError) as caught:
+            await running
+        assert caught.value.reason in ("TRITON_UNAVAILABLE", "ENGINE_NOT_READY")
+        await first.__aexit__(None, None, None)
+        second = await start(first.grpc_port)
+        try:
+            async with asyncio.timeout(20):
+                while not (await client.engines())[0].ready:
+                    await asyncio.sleep(0.05)
+            assert await client.generate("a lake", steps=2)
+        finally:
+            await second.__aexit__(None, None, None)
+
+
+async def test_a_model_whose_process_dies_is_loaded_again(settings: ServeSettings, catalog: Catalog) -> None:
+    async with TritonProcess(
+        settings.model_repository, catalog.default.models, grpc_port=0, http_port=0, metrics_port=0
+    ) as triton:
+        url = f"127.0.0.1:{triton.grpc_port}"
+        async with (
+            Server(settings.model_copy(update={"triton_url": url})) as server,
+            AsyncClient(f"127.0.0.1:{server.port}") as client,
+        ):
+            assert await client.generate("a lake", steps=2)
+            for stub in psutil.Process(triton.pid).children(recursive=True):
+                if any("unet" in part for part in stub.cmdline()):
+                    stub.kill()
+            with pytest.raises(UnavailableError):
+                for _ in range(100):
+                    await client.generate("a lake", steps=2)
+            async with asyncio.timeout(30):
+                while not (await client.engines())[0].ready:
+                    await asyncio.sleep(0.05)
+            assert await client.generate("a lake", steps=2)
