@@ -2,6 +2,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import os
+
+# Before anything imports torch: its threads would otherwise spin at each barrier and starve Triton of the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import grpc
 import pytest
 from fakes import FakeBackend

@@ -25,32 +25,25 @@ from ._errors import (
     UnavailableError,
     UnsupportedError,
 )
+from ._events import Accepted, Event, Finished, Image, Preview, Progress, Timings, Usage
 from ._sync import Client
 from ._types import (
-    Accepted,
     Blending,
     ClipGuidance,
     Engine,
     EngineDefaults,
     EngineLimits,
-    Event,
-    Finished,
     GenerateOptions,
     GuidanceInterval,
-    Image,
     InitImage,
     License,
     Mask,
     Output,
-    Preview,
     PreviewOptions,
-    Progress,
     Prompt,
     Prompts,
     Sampler,
     Schedule,
-    Timings,
-    Usage,
 )
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import _wire
 from ._errors import CancelledError, Deadline, ServerError, translated
-from ._types import Finished, Image
+from ._events import Finished, Image
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sdapi.v1.generation_pb2 import GenerateResponse
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
-    from ._types import Engine, Event, GenerateOptions, Prompts
+    from ._events import Event
+    from ._types import Engine, GenerateOptions, Prompts
 
 
 class AsyncClient:

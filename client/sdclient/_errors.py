@@ -201,19 +201,21 @@ def _transport_error(code: str, text: str, target: str, deadline: Deadline) -> S
         return DeadlineExceededError(
             f"{target} did not finish{seconds}; pass a greater timeout, or ask for less", code="DEADLINE_EXCEEDED"
         )
+    detail = f" ({text})" if text else ""
     if code == "RESOURCE_EXHAUSTED" and "larger than max" in text:
-        return InvalidRequestError(f"too much data for one message: use smaller images ({text})", code=code)
+        return InvalidRequestError(f"too much data for one message: use smaller images{detail}", code=code)
+    sentence = text or code
     if code == "UNIMPLEMENTED":
-        text = f"the gRPC server at {target} does not offer this call: is it an sdserver, and new enough? ({text})"
+        sentence = f"the gRPC server at {target} does not offer this call: is it an sdserver, and new enough?{detail}"
     elif code == "CANCELLED":
-        text = f"the call was cancelled ({text})"
+        sentence = f"the call was cancelled{detail}"
     elif code == "UNAVAILABLE":
-        text = _unavailable(text, target)
-    return _ERRORS.get(code, ServerError)(text or code, code=code)
+        sentence = f"{_what_to_do(text).format(target=target)}{detail}"
+    return _ERRORS.get(code, ServerError)(sentence, code=code)
 
 
-def _unavailable(text: str, target: str) -> str:
+def _what_to_do(text: str) -> str:
     for pattern, sentence in _UNAVAILABLE:
         if re.search(pattern, text, re.IGNORECASE):
-            return f"{sentence.format(target=target)} ({text})"
-    return f"lost the connection to {target}: look at the server's log, then try again ({text})"
+            return sentence
+    return "lost the connection to {target}: look at the server's log, then try again"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import _wire
 from ._errors import Deadline, ServerError, translated
-from ._types import Finished, Image
+from ._events import Finished, Image
 
 if TYPE_CHECKING:
     import os
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import grpc
     from sdapi.v1.generation_pb2 import GenerateResponse
 
-    from ._types import Engine, Event, GenerateOptions, Prompts
+    from ._events import Event
+    from ._types import Engine, GenerateOptions, Prompts
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""What the SDK takes and gives: plain, frozen values. No gRPC and no protobuf here.
+"""What the SDK takes, and the engines that it lists: plain, frozen values. No gRPC and no protobuf here.
 
 Whatever is None is left out of the request, and the server chooses it; 0 is a value. The defaults are the server's
 alone: `Accepted.options` says what it chose, `Engine.defaults` what it will choose.
@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
-
-if TYPE_CHECKING:
-    import os
-
-    from PIL.Image import Image as PILImage
+from typing import Literal, TypedDict
 
 Sampler = Literal["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 """Integrates the denoising equation from noise to image."""
@@ -25,12 +19,6 @@ Schedule = Literal["native", "karras"]
 Blending = Literal["text_encoder", "composable"]
 """How several prompts become one guidance direction: averaged text states (two UNet rows an image and step, however
 many prompts there are), or composable diffusion (arXiv:2206.01714, one row a prompt)."""
-
-MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-"""File suffix -> the media type that it promises."""
-
-
-# ----------------------------------------------------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,146 +132,6 @@ class GenerateOptions(TypedDict, total=False):
     """Names this request in logs, errors and events; at most 128 printable ASCII characters."""
     timeout: float | None
     """Seconds for the whole call, retries included, instead of the client's `timeout`. None: no limit."""
-
-
-# ------------------------------------------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The request is valid and has its place. Always the first event.
-
-    `client.generate(accepted.prompts, **accepted.options)` makes the same images again.
-    """
-
-    request_id: str
-    """The request's name in logs and errors."""
-    prompts: tuple[Prompt, ...]
-    """The prompts with their weights."""
-    options: GenerateOptions
-    """Everything else that makes the images what they are, resolved: engine, size, seed, sampler and so on."""
-    queue_position: int
-    """Requests that have to finish before this one starts; 0 when it starts at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """All images of the request have completed `step` of `steps` denoising steps."""
-
-    step: int
-    """0 when the request has left the queue and its denoising begins, then 1 to `steps`."""
-    steps: int
-    """Steps in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    data: bytes = field(repr=False)
-    """The encoded file."""
-    media_type: str
-    """Its format, such as `image/png`."""
-    width: int
-    """Pixels."""
-    height: int
-    """Pixels."""
-    index: int
-    """Which image of the request, from 0."""
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the encoded file as it is, over any file that is there, and return its path.
-
-        Raises ValueError where the suffix promises another format: nothing is encoded again here.
-        """
-        path = Path(path)
-        promised = MEDIA_TYPES.get(path.suffix.lower(), self.media_type)
-        if promised != self.media_type:
-            raise ValueError(
-                f"{path.name} promises {promised}, but this image is {self.media_type}: choose another suffix, or ask "
-                f"for output=Output({promised!r})"
-            )
-        path.write_bytes(self.data)
-        return path
-
-    def to_pil(self) -> PILImage:
-        """The decoded picture as a Pillow image. Needs Pillow."""
-        from io import BytesIO
-
-        try:
-            import PIL.Image
-        except ImportError as error:
-            raise ImportError("to_pil() and show() need Pillow: pip install 'sd-service[cli]'") from error
-        with PIL.Image.open(BytesIO(self.data)) as image:
-            image.load()
-            return image
-
-    def show(self) -> None:
-        """Open the picture in this machine's viewer. Needs Pillow."""
-        self.to_pil().show()
-
-    def _repr_png_(self) -> bytes | None:
-        return self.data if self.media_type == "image/png" else None
-
-    def _repr_jpeg_(self) -> bytes | None:
-        return self.data if self.media_type == "image/jpeg" else None
-
-
-@dataclass(frozen=True, slots=True)
-class Preview(_Picture):
-    """A small picture of an unfinished image; only when asked for."""
-
-    step: int
-    """Denoising steps behind this picture."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image(_Picture):
-    """A finished image. It shows itself in a notebook."""
-
-    seed: int
-    """The seed that reproduces this image alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a generation cost."""
-
-    image_count: int
-    """Images made."""
-    unet_rows: int
-    """UNet rows computed: one latent under one condition at one noise level."""
-    pixel_steps: int
-    """Pixels of the generated size, summed over the UNet rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of a generation went, in seconds on the server's clock."""
-
-    queue: float
-    """Waiting for a place."""
-    encode: float
-    """Encoding the prompts."""
-    denoise: float
-    """Denoising, waiting for shared UNet calls included."""
-    decode: float
-    """Decoding latents and writing files."""
-    total: float
-    """All of it, from arrival to the last image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Every image has been sent. Always the last event."""
-
-    usage: Usage
-    timings: Timings
-
-
-Event = Accepted | Progress | Preview | Image | Finished
-"""What a stream yields; made for `match`. Later versions may add members."""
-
-
-# ------------------------------------------------------------------------------------------------------------ engines
 
 
 @dataclass(frozen=True, slots=True)

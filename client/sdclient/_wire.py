@@ -13,29 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from ._errors import InvalidRequestError
+from ._events import Accepted, Finished, Image, Preview, Progress, Timings, Usage
 from ._types import (
-    Accepted,
     Blending,
     ClipGuidance,
     Engine,
     EngineDefaults,
     EngineLimits,
-    Finished,
     GenerateOptions,
     GuidanceInterval,
-    Image,
     InitImage,
     License,
     Mask,
     Output,
-    Preview,
     PreviewOptions,
-    Progress,
     Prompt,
     Sampler,
     Schedule,
-    Timings,
-    Usage,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +41,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from sdapi.v1.generation_pb2 import GenerateRequest, GenerateResponse, ListEnginesRequest, ListEnginesResponse
 
-    from ._types import Event, Prompts
+    from ._events import Event
+    from ._types import Prompts
 
 _RETRIES = {
     "methodConfig": [
@@ -249,7 +244,7 @@ def _from_item(field: FieldDescriptor, value: Any) -> Any:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same 32-bit float: 7.1 rather than 7.099999904632568."""
-    for digits in range(1, 9):
+    for digits in (6, 7, 8):
         short = float(f"{value:.{digits}g}")
         if struct.pack("f", short) == struct.pack("f", value):
             return short

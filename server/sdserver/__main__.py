@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import structlog
 from pydantic_settings import CliApp
@@ -19,7 +20,11 @@ from sdserver.settings import ServeSettings, TritonSettings, UpSettings
 from sdserver.triton_process import TritonProcess, TritonProcessError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from sdserver.settings import Settings
+
+    S = TypeVar("S", bound=Settings)
 
 log = structlog.get_logger()
 
@@ -32,12 +37,12 @@ usage: sdserver COMMAND [--help] [flags]
 
 Every flag is an environment variable, too: --max-active is SDSERVER_MAX_ACTIVE."""
 
-# A Triton that ends sooner than this after its start would end again: it is not started once more.
+# A Triton that ends sooner than this after its start would only end again.
 LEAST_UPTIME_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command until it is told to stop by SIGINT or SIGTERM; returns the exit status."""
+    """Runs a command until SIGINT or SIGTERM; returns the exit status."""
     command, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
     if command in ("-h", "--help", "help"):
         print(USAGE)
@@ -69,15 +74,39 @@ async def triton(settings: TritonSettings) -> None:
 
 
 async def up(settings: UpSettings) -> None:
-    """Runs Triton and the gRPC server until it is cancelled; a Triton that ends is started again."""
-    process = _triton(settings)
-    await process.__aenter__()
-    try:
-        async with Server(settings.model_copy(update={"triton_url": f"127.0.0.1:{process.grpc_port}"})):
+    """Runs Triton and the gRPC server until it is cancelled; a Triton that ends by itself is started again.
+
+    Raises TritonProcessError if it ends too soon to be worth another start.
+    """
+    if settings.backend == "in-process":
+        await serve(settings)
+        return
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(_triton(settings))
+        url = f"127.0.0.1:{process.grpc_port}"
+        async with Server(settings.model_copy(update={"triton_url": url})):
             while True:
+                started = time.monotonic()
                 await process.wait()
-    finally:
-        await process.__aexit__(None, None, None)
+                ended = f"Triton ended by itself; the end of its log:\n{process.log_tail()}"
+                if time.monotonic() - started < LEAST_UPTIME_SECONDS:
+                    raise TritonProcessError(ended)
+                log.error("Triton ended by itself and is started again", triton_log=process.log_tail())
+                await stack.aclose()
+                again = settings.model_copy(update={"triton_grpc_port": process.grpc_port})
+                process = await stack.enter_async_context(_triton(again))
+
+
+def _triton(settings: TritonSettings) -> TritonProcess:
+    models = [model for engine in load_catalog(settings.model_repository) for model in engine.models]
+    return TritonProcess(
+        settings.model_repository,
+        models,
+        grpc_port=settings.triton_grpc_port,
+        http_port=settings.triton_http_port,
+        metrics_port=settings.triton_metrics_port,
+        start_seconds=settings.triton_start_seconds,
+    )
 
 
 def _run(command: Callable[[S], Coroutine[None, None, None]], settings: S) -> int:
@@ -95,14 +124,18 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
     task = asyncio.create_task(work)
     loop = asyncio.get_running_loop()
 
-    def stop() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-            signal.signal(number, lambda number, _: os._exit(128 + number))
+    def stop(number: signal.Signals) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, _exit, each)
+        log.info("stopping; a second signal stops at once", signal=number.name)
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     await asyncio.wait([task])
     if not task.cancelled():
         task.result()
+
+
+def _exit(number: signal.Signals) -> NoReturn:
+    os._exit(128 + number)

@@ -20,7 +20,7 @@ def _shipped_model_repository() -> Path:
     return Path(spec.origin).parents[1] if spec and spec.origin else Path("model_repository")
 
 
-class _Settings(BaseSettings):
+class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="SDSERVER_",
         cli_kebab_case=True,
@@ -40,7 +40,7 @@ class _Settings(BaseSettings):
     )
 
 
-class ServeSettings(_Settings):
+class ServeSettings(Settings):
     """The gRPC server."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
@@ -58,7 +58,7 @@ class ServeSettings(_Settings):
     drain_seconds: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
 
 
-class TritonSettings(_Settings):
+class TritonSettings(Settings):
     """A Triton Inference Server for this machine, on the loopback interface."""
 
     triton_grpc_port: Port = Field(8001, description="Port of Triton's gRPC endpoint; 0 chooses a free one.")

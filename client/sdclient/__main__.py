@@ -1,0 +1,265 @@
+"""`sdclient` on the command line: generate images, list engines.
+
+Environment: SDCLIENT_SERVER is the default of --server, SDCLIENT_API_KEY the API key.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from ._errors import SDError
+from ._events import MEDIA_TYPES, Accepted, Finished, Image, Progress
+from ._sync import Client
+from ._types import Blending, GenerateOptions, Output, Prompt, Sampler, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ._events import Event
+    from ._types import Engine
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except KeyboardInterrupt:
+        print("sdclient: cancelled", file=sys.stderr)
+        return 130
+    except SDError as error:
+        _report(error)
+        return 1
+    except (ImportError, OSError) as error:
+        print(f"sdclient: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    option = common.add_argument_group("server and output").add_argument
+    server = os.environ.get("SDCLIENT_SERVER", "localhost:50051")
+    option("--server", default=server, metavar="HOST:PORT", help="default: $SDCLIENT_SERVER, or localhost:50051")
+    option("--tls", nargs="?", const=True, default=False, metavar="CA.PEM", help="use TLS, with these authorities")
+    option("--json", action="store_true", help="print JSON")
+
+    parser = argparse.ArgumentParser(prog="sdclient", description="Stable Diffusion over gRPC.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    engines = commands.add_parser("engines", parents=[common], help="list the server's engines")
+    engines.set_defaults(command=_engines)
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="generate images",
+        epilog="The server chooses what is left out. `sdclient engines` shows its defaults and limits.",
+    )
+    generate.set_defaults(command=_generate)
+    # A flag with the name of an option of `Client.generate` becomes that option.
+    option = generate.add_argument
+    option("prompts", nargs="+", metavar="PROMPT", help="what to show")
+    option("-N", "--negative", action="append", default=[], metavar="TEXT", help="what not to show; may be repeated")
+    option(
+        "-o",
+        "--output",
+        dest="file",
+        type=_file,
+        default="out.png",
+        metavar="FILE",
+        help=f"{', '.join(MEDIA_TYPES)}; {{index}} and {{seed}} are replaced; default: out.png, or out-{{index}}.png "
+        "for several images",
+    )
+    option("-W", "--width", type=int, metavar="PIXELS")
+    option("-H", "--height", type=int, metavar="PIXELS")
+    option("-s", "--steps", type=int, help="denoising steps")
+    option("-S", "--seed", type=int, help="seed of the first image; the others have the seeds after it")
+    option("-n", "--image-count", type=int, metavar="COUNT", help="images to generate")
+    option("-g", "--guidance-scale", type=float, metavar="SCALE", help="how strongly to follow the prompts; 1 is off")
+    option("--sampler", choices=get_args(Sampler), metavar="NAME", help=", ".join(get_args(Sampler)))
+    option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
+    option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
+    option("--engine", metavar="ID", help="an engine of `sdclient engines`")
+    option("--quality", type=int, help="quality of JPEG and WebP, 1 to 100")
+    option("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
+    option("--open", action="store_true", help="open the images")
+    return parser
+
+
+def _file(text: str) -> Path:
+    """The file to write, refused before any work is done for it."""
+    path = Path(text)
+    if path.suffix.lower() not in MEDIA_TYPES:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(MEDIA_TYPES)}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    return Client(arguments.server, api_key=os.environ.get("SDCLIENT_API_KEY"), tls=arguments.tls)
+
+
+def _report(error: SDError) -> None:
+    text = "the request is not valid" if error.violations else str(error)
+    print(f"sdclient: {text}", file=sys.stderr)
+    for field, problem in error.violations.items():
+        print(f"  {field}: {problem}", file=sys.stderr)
+    if error.request_id is not None:
+        print(f"  (request {error.request_id})", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------- generate
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    prompts = [*arguments.prompts, *(Prompt(text, -1.0) for text in arguments.negative)]
+    chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
+    options = cast("GenerateOptions", chosen)
+    options["output"] = Output(MEDIA_TYPES[arguments.file.suffix.lower()], arguments.quality)
+    pattern = _pattern(arguments.file, arguments.image_count)
+
+    start = time.monotonic()
+    report: dict[str, Any] = {"images": []}
+    with _client(arguments) as client, _progress_bar() as show, client.stream(prompts, **options) as events:
+        for event in events:
+            show(event)
+            match event:
+                case Accepted():
+                    report |= {"request_id": event.request_id, "prompts": event.prompts, "options": event.options}
+                case Image():
+                    path = event.save(pattern.replace("{index}", str(event.index)).replace("{seed}", str(event.seed)))
+                    seconds = time.monotonic() - start
+                    report["images"].append(
+                        {
+                            "path": str(path),
+                            "media_type": event.media_type,
+                            "width": event.width,
+                            "height": event.height,
+                            "index": event.index,
+                            "seed": event.seed,
+                            "seconds": round(seconds, 3),
+                        }
+                    )
+                    if not arguments.json:
+                        print(f"{path}  {event.width}x{event.height}  seed {event.seed}  {seconds:.2f} s", flush=True)
+                    if arguments.open:
+                        _open(path)
+                case Finished():
+                    report |= {"usage": event.usage, "timings": event.timings}
+    if arguments.json:
+        print(json.dumps(report, indent=2, default=asdict))
+
+
+def _pattern(file: Path, image_count: int | None) -> str:
+    several = image_count is not None and image_count > 1
+    if several and "{index}" not in str(file) and "{seed}" not in str(file):
+        file = file.with_stem(f"{file.stem}-{{index}}")
+    return str(file)
+
+
+def _open(path: Path) -> None:
+    import webbrowser
+
+    webbrowser.open(path.resolve().as_uri())
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Event], None]]:
+    """Shows events on standard error, if that is a terminal: the place in the queue, then steps and times."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as ProgressBar
+    except ImportError:
+        print("sdclient: no progress bar without rich: pip install 'sd-service[cli]'", file=sys.stderr)
+        yield lambda event: None
+        return
+
+    console = Console(stderr=True)
+    with ProgressBar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("connecting", total=None)
+
+        def show(event: Event) -> None:
+            match event:
+                case Accepted(queue_position=0):
+                    bar.update(task, description="starting")
+                case Accepted(queue_position=ahead):
+                    bar.update(task, description=f"waiting, {ahead} ahead")
+                case Progress(step, steps):
+                    bar.update(
+                        task, description="denoising" if step < steps else "decoding", completed=step, total=steps
+                    )
+                case Image():
+                    bar.stop()
+
+        yield show
+
+
+# ------------------------------------------------------------------------------------------------------------ engines
+
+
+def _engines(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        engines = client.engines()
+    if arguments.json:
+        print(json.dumps([asdict(engine) for engine in engines], indent=2))
+    else:
+        _print_table(engines)
+
+
+def _print_table(engines: Sequence[Engine]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError as error:
+        raise ImportError("the table needs rich: pip install 'sd-service[cli]', or use --json") from error
+
+    table = Table(show_header=False)
+    for engine in engines:
+        limits, defaults = engine.limits, engine.defaults
+        rows = {
+            "engine": engine.id if engine.ready else f"{engine.id} (not ready)",
+            "": engine.description,
+            "sizes": f"{limits.min_size} to {limits.max_size} px, at most {limits.max_pixels} pixels; "
+            f"trained for {engine.native_width}x{engine.native_height}",
+            "limits": f"{limits.max_steps} steps, {limits.max_image_count} images",
+            "defaults": f"{defaults.width}x{defaults.height}, {defaults.steps} steps, {defaults.sampler}, "
+            f"{defaults.schedule}, guidance scale {defaults.guidance_scale:g}",
+            "samplers": ", ".join(engine.samplers),
+            "schedules": ", ".join(engine.schedules),
+            "formats": ", ".join(engine.media_types),
+            "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
+            "restrictions": engine.license.use_restrictions or "none",
+        }
+        for name, value in rows.items():
+            # Text: what a server says is no markup.
+            table.add_row(name, Text(value))
+        table.add_section()
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
