@@ -20,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 ADDRESS = "localhost:50051"
 
 
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -42,7 +47,7 @@ async def test_the_python_of_the_readme_runs(triton_settings: ServeSettings, tmp
         for code in blocks("python"):
             assert ADDRESS in code
             await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, f"127.0.0.1:{server.port}")])
-    assert Image.open(tmp_path / "lake.png").size == (384, 128)
+    assert size(tmp_path / "lake.png") == (384, 128)
     assert {path.name for path in tmp_path.glob("*.png")} == {"lake.png", "sea-0.png", "sea-1.png"}
 
 
@@ -52,7 +57,7 @@ async def test_the_client_commands_of_the_readme_run(triton_settings: ServeSetti
     async with Server(triton_settings) as server:
         for command in commands:
             await run(tmp_path, shlex.split(command, comments=True), SDCLIENT_SERVER=f"127.0.0.1:{server.port}")
-    assert Image.open(tmp_path / "out.png").size == (384, 128)
+    assert size(tmp_path / "out.png") == (384, 128)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "stream", "asynchronous", "errors"])

@@ -1,0 +1,134 @@
+"""The models of an engine as Triton's Python backend wants them: one class for each role.
+
+A model's `config.pbtxt` has two parameters: `engine`, the engine's folder relative to the model repository, and
+`threads`, how many CPU threads it uses (default: the machine's physical cores).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+
+from sdmodels.batching import run_together
+from sdmodels.cores import physical_cores
+from sdmodels.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sdmodels.batching import Arrays
+
+
+class CancelledError(Exception):
+    """The caller left while the request waited."""
+
+
+class BackendModel:
+    """Answers all requests that Triton hands over at once from one run of the model."""
+
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
+        raise NotImplementedError
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Called by Triton once, before any request."""
+        # Several models share the cores. OpenMP's workers spin at the end of every operator, which makes a step up to
+        # 50 times slower when anything else wants their core; asleep they cost it microseconds. Read when torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch
+
+        from sdmodels.weights import default_device
+
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        torch.set_num_threads(int(parameters["threads"]) if "threads" in parameters else physical_cores())
+        # Triton hands over the model's own folder, which lies in the repository.
+        engine_folder = Path(args["model_repository"]).parent / parameters["engine"]
+        self._run = self.load(engine_folder, default_device())
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
+        import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+        # A request that was cancelled while it waited still arrives here.
+        cancelled = [request.is_cancelled() for request in requests]
+        inputs = [
+            tuple(pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs)
+            for request, gone in zip(requests, cancelled, strict=True)
+            if not gone
+        ]
+        answers = iter(run_together(self._run, inputs))
+        return [self._response(pb_utils, CancelledError() if gone else next(answers)) for gone in cancelled]
+
+    def _response(self, pb_utils: Any, answer: Arrays | Exception) -> Any:
+        error = pb_utils.TritonError
+        match answer:
+            case CancelledError():
+                failure = error("cancelled before it ran", error.CANCELLED)
+            case InvalidInputError():
+                failure = error(str(answer), error.INVALID_ARG)
+            case Exception():
+                pb_utils.Logger.log_error("".join(traceback.format_exception(answer)))
+                failure = error(f"the model failed with {type(answer).__name__}: Triton's log says where", error.INTERNAL)
+            case arrays:
+                tensors = zip(self.outputs, arrays, strict=True)
+                return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors])
+        return pb_utils.InferenceResponse(error=failure)
+
+
+class TextEncoderModel(BackendModel):
+    """`text` BYTES [P, 1] -> `text_states` FP32 [P, context_length, D], `token_count` INT32 [P, 1]."""
+
+    inputs = ("text",)
+    outputs = ("text_states", "token_count")
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.text_encoder import TextEncoder
+
+        encode = TextEncoder(engine_folder, device)
+
+        def run(text: Arrays) -> Arrays:
+            text_states, token_counts = encode([_utf8(row[0]) for row in text])
+            return text_states, token_counts[:, None]
+
+        return run
+
+
+class UNetModel(BackendModel):
+    """`latents` FP32 [B, 4, h, w], `timestep` FP32 [B, 1], `text_states` FP32 [B, 77, D] -> `prediction` like `latents`."""
+
+    inputs = ("latents", "timestep", "text_states")
+    outputs = ("prediction",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.unet import UNet
+
+        denoise = UNet(engine_folder, device)
+        return lambda latents, timestep, text_states: (denoise(latents, timestep[:, 0], text_states),)
+
+
+class VaeDecoderModel(BackendModel):
+    """`latents` FP32 [B, 4, h, w] -> `image` UINT8 [B, 8h, 8w, 3]."""
+
+    inputs = ("latents",)
+    outputs = ("image",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.vae import VaeDecoder
+
+        decode = VaeDecoder(engine_folder, device)
+        return lambda latents: (decode(latents),)
+
+
+def _utf8(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidInputError("text is not valid UTF-8") from None

@@ -1,0 +1,126 @@
+"""Laws of the procedural world that the embedded engine is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training import clip, pixels
+from training.captions import TOLD_VALUES, caption
+from training.painter import paint
+from training.world import COLOURS, FORMATS, VALUES, Scene, consistent, random_scene, random_variant
+
+seeds = st.integers(0, 10**6)
+
+
+@given(seeds, st.sampled_from(FORMATS))
+@settings(max_examples=15, deadline=None)
+def test_a_seed_and_a_format_always_give_the_same_picture(seed: int, size: tuple[int, int]) -> None:
+    first, second = paint(random_scene(seed, size)), paint(random_scene(seed, size))
+    assert first.shape == (size[1], size[0], 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, second)
+
+
+@given(seeds)
+@settings(max_examples=100, deadline=None)
+def test_every_random_scene_can_be_painted_as_it_is(seed: int) -> None:
+    scene = random_scene(seed)
+    assert consistent(scene) == scene
+    assert consistent(random_variant(scene, seed)) == random_variant(scene, seed)
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_a_variant_keeps_the_layout_and_changes_something(seed: int) -> None:
+    scene = random_scene(seed)
+    variant = random_variant(scene, seed)
+    assert variant.layout == scene.layout
+    assert variant.attributes() != scene.attributes()
+
+
+def test_changing_a_houses_colour_changes_pixels_of_the_house_alone() -> None:
+    scene = Scene(layout=5, width=128, height=128, house="red")
+    changed = (paint(scene) != paint(replace(scene, house="blue"))).any(-1)
+    rows, columns = np.nonzero(changed)
+    assert 0.02 < changed.mean() < 0.2
+    assert np.ptp(rows) < 40
+    assert np.ptp(columns) < 64
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_codes_name_a_scene_completely(seed: int) -> None:
+    scene = random_scene(seed)
+    assert Scene.from_codes(scene.layout, scene.width, scene.height, scene.codes()) == scene
+
+
+def test_a_value_that_the_world_does_not_know_is_named_with_its_alternatives() -> None:
+    with pytest.raises(ValueError, match=r"time='teatime': must be one of day, sunset, night"):
+        Scene(layout=0, width=128, height=128, time="teatime")
+
+
+@given(seeds)
+@settings(max_examples=200, deadline=None)
+def test_what_a_caption_tells_is_true_of_its_scene(seed: int) -> None:
+    scene = random_scene(seed)
+    said = caption(scene, np.random.default_rng(seed))
+    assert clip.fits(clip.told_codes(said)[None], scene.codes()[None]).item()
+    assert all(value in TOLD_VALUES[name] for name, value in said.told.items())
+    for name in ("house", "boat"):
+        if said.told.get(name) in COLOURS:
+            assert said.told[name] in said.text
+
+
+def test_a_tenth_to_a_seventh_of_the_captions_is_empty() -> None:
+    empty = [not caption(random_scene(seed), np.random.default_rng(seed)).text for seed in range(2000)]
+    assert 0.10 <= np.mean(empty) <= 0.15
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_an_attribute_that_must_be_named_is_named(seed: int) -> None:
+    scene = random_scene(seed)
+    said = caption(scene, np.random.default_rng(seed), frozenset({"time", "house"}))
+    assert said.told["time"] == scene.time
+    assert said.told["house"] == ("absent" if scene.house == "none" else scene.house)
+
+
+def test_three_in_ten_scenes_show_one_single_thing() -> None:
+    def things(scene: Scene) -> int:
+        return (scene.house != "none") + (scene.boat != "none") + (scene.tree_count == "one")
+
+    def single(scene: Scene) -> bool:
+        return things(scene) == 1 and scene.mountains == "none" and scene.tree_count in ("none", "one")
+
+    assert np.mean([single(random_scene(seed)) for seed in range(2000)]) >= 0.3
+
+
+def test_every_value_of_every_attribute_occurs() -> None:
+    codes = np.stack([random_scene(seed).codes() for seed in range(2000)])
+    for index, values in enumerate(VALUES.values()):
+        assert set(codes[:, index]) == set(range(len(values)))
+
+
+@pytest.mark.parametrize("hour", VALUES["time"])
+def test_pixels_tell_the_time_of_day_of_true_scenes(hour: str) -> None:
+    scenes = [consistent(replace(random_scene(seed), time=hour)) for seed in range(40)]
+    assert np.mean([pixels.time_of_day(paint(scene)) == hour for scene in scenes]) >= 0.9
+
+
+@pytest.mark.parametrize("colour", ["red", "blue", "yellow"])
+def test_a_colour_test_sees_the_house_and_nothing_without_it(colour: str) -> None:
+    bare = [Scene(layout=seed, width=128, height=128) for seed in range(20)]
+    assert min(pixels.colour_share(paint(replace(scene, house=colour)), colour) for scene in bare) > 0.03
+    assert max(pixels.colour_share(paint(scene), colour) for scene in bare) < 0.01
+
+
+def test_a_forest_is_greener_than_the_snow_it_stands_on() -> None:
+    bare = Scene(layout=3, width=128, height=128, ground="snow")
+    wood = replace(bare, trees="pine", tree_count="forest")
+    assert pixels.green_share(paint(wood)) > 0.25
+    assert pixels.green_share(paint(bare)) < 0.01
