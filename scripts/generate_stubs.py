@@ -1,4 +1,4 @@
-"""Generates the Python stubs of the contract: `python scripts/generate_stubs.py FOLDER` (the repository's is `proto`)."""
+"""Generates the Python stubs of the contract into a folder; the repository's is `proto`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import os
+from typing import TYPE_CHECKING
 
 # Before anything imports torch: its threads would otherwise spin at each barrier and starve Triton of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -16,7 +16,8 @@ SOURCES = {
 }
 # The server's modules: each may import only what stands above it.
 LAYERS = [
-    {"samplers", "schedules", "parameterization", "noise", "errors", "settings", "logs", "triton_process"},
+    {"samplers", "schedules", "parameterization", "noise", "errors", "settings", "logs", "triton_host"},
+    {"triton_process"},
     {"engines"},
     {"request"},
     {"guidance", "images", "admission", "step_scheduler", "backends"},

@@ -82,7 +82,9 @@ _MEDIUM = (
 _FILLER = (
     "epic vista", "4k", "8k", "highly detailed", "beautiful", "masterpiece", "wide shot", "trending on artstation",
     "digital art", "flat colours", "vector art", "peaceful", "scenic", "landscape", "best quality", "sharp",
-    "minimalist", "concept art", "vivid colours", "postcard", "simple shapes", "panorama",
+    "minimalist", "concept art", "vivid colours", "postcard", "simple shapes", "panorama", "cinematic", "photograph",
+    "realistic", "detailed", "artwork", "wallpaper", "oil on canvas", "watercolor", "stunning", "quiet", "dreamy",
+    "soft light", "hdr", "intricate", "lovely", "calm", "nature", "travel", "wonderful scenery", "high quality",
 )  # fmt: skip
 
 
@@ -110,10 +112,14 @@ def _trees(scene: Scene, rng: np.random.Generator, told: dict[str, str]) -> str:
     if kind in ("round", "some") and rng.random() < 0.15:
         told |= {"trees": "some"}
         return "trees, forest, greenery"
-    return _one(
-        rng,
-        (f"a {adjective} forest", f"many {adjective} trees", f"{adjective} woods", f"a dense {adjective} forest"),
-    ).replace("  ", " ").strip()
+    return (
+        _one(
+            rng,
+            (f"a {adjective} forest", f"many {adjective} trees", f"{adjective} woods", f"a dense {adjective} forest"),
+        )
+        .replace("  ", " ")
+        .strip()
+    )
 
 
 def _coloured(name: str, colour: str, rng: np.random.Generator, told: dict[str, str], sure: bool) -> str:
@@ -184,6 +190,11 @@ def caption(scene: Scene, rng: np.random.Generator, sure: frozenset[str] = froze
     if where:
         told["ground"] = scene.ground
     ground = _one(rng, _GROUND[scene.ground])
+    if scene.ground == "meadow" and scene.mountains != "none" and rng.random() < 0.25:
+        ground = _one(
+            rng, ("a valley", "a green valley", "a valley in the Alps" if scene.mountains == "snowy" else "a valley")
+        )
+        told |= {"mountains": "some"} if where and "mountains" not in told else {}
     listed = rng.random() < 0.35
     if listed:
         parts = [*things, *details]

@@ -6,6 +6,7 @@ other work, may be stopped and continued, and must come out the same.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHECKPOINT_SECONDS = 150.0
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def train_dir() -> Path:
@@ -32,13 +35,18 @@ def train_dir() -> Path:
 
 @contextmanager
 def pid_file(stage: str) -> Iterator[Path]:
-    """Write `<stage>.pid` while the stage runs, so that one can SIGSTOP and SIGCONT it."""
+    """Hold `<stage>.pid` while the stage runs, so that one can SIGSTOP and SIGCONT it.
+
+    The file is locked: a second process of the same stage waits until the first has ended, however it ends.
+    """
     path = train_dir() / f"{stage}.pid"
-    path.write_text(f"{os.getpid()}\n")
-    try:
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield path
-    finally:
-        path.unlink(missing_ok=True)
+        file.truncate(0)
 
 
 def save_atomically(state: Any, path: Path) -> None:
@@ -64,6 +72,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
+        """Move the average towards the module; call after each step."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         for name, value in module.state_dict().items():
@@ -73,9 +82,11 @@ class Ema:
                 self.shadow[name].copy_(value)
 
     def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
         return {"count": self.count, "shadow": self.shadow}
 
     def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
         self.count, self.shadow = state["count"], state["shadow"]
 
 
@@ -91,10 +102,11 @@ def learning_rate(peak: float, progress: float, *, warm: float, decay_from: floa
 
 @dataclass
 class Run:
-    """The progress of one stage: steps, CPU seconds over all its sessions, the loss history, the clock of checkpoints."""
+    """The progress of one stage: steps, CPU seconds over all its sessions, loss history, clock of checkpoints."""
 
     stage: str
     core_seconds: float
+    log_every: int = 50
     step: int = 0
     spent: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -105,15 +117,29 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
+        """The file that holds everything needed to go on."""
         return train_dir() / f"{self.stage}.pt"
 
     @property
     def progress(self) -> float:
+        """Share of the budget that is spent."""
         return min(self.spent / self.core_seconds, 1.0)
 
     @property
     def finished(self) -> bool:
+        """Whether the budget is spent."""
         return self.spent >= self.core_seconds
+
+    def steps(self) -> Iterator[float]:
+        """Yield the progress in [0, 1) before each step until the budget is spent, with a bar in core-minutes."""
+        self._cpu = time.process_time()
+        with tqdm(total=self.core_seconds, desc=self.stage, bar_format=_BAR) as bar:
+            while not self.finished:
+                bar.n = self.spent
+                bar.set_postfix_str(
+                    f"{self.spent / 60:.1f} of {self.core_seconds / 60:g} core-minutes, step {self.step}"
+                )
+                yield self.progress
 
     def tick(self, **losses: float) -> None:
         """Count one step and its losses; CPU time since the last tick goes onto the budget."""
@@ -122,16 +148,17 @@ class Run:
         self._terms += 1
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+        if self.step % self.log_every == 0:
+            self._note_means()
 
-    def means(self) -> dict[str, float]:
-        """Mean losses since the last call; appended to the history and to `<stage>.jsonl`."""
+    def _note_means(self) -> None:
         row = {"step": float(self.step), "core_minutes": round(self.spent / 60, 2), "time": round(time.time(), 1)}
         row |= {name: total / max(self._terms, 1) for name, total in self._sums.items()}
         self._sums, self._terms = {}, 0
         self.note(row)
-        return row
 
     def note(self, row: dict[str, float]) -> None:
+        """Append a row of figures to the history and to `<stage>.jsonl`."""
         self.history.append(row)
         with (train_dir() / f"{self.stage}.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
@@ -144,6 +171,7 @@ class Run:
         return True
 
     def save(self, **state: Any) -> None:
+        """Write the checkpoint and the loss plot."""
         run = {"step": self.step, "spent": self.spent, "history": self.history}
         save_atomically({"run": run, **state}, self.checkpoint)
         plot(self.history, train_dir() / f"{self.stage}.png", self.stage)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training.common import train_dir
 from training.painter import paint
@@ -88,7 +88,7 @@ def make(size: tuple[int, int], pairs: int) -> None:
     if layouts_path.exists() and len(np.load(layouts_path)) == 2 * pairs:
         return
     width, height = size
-    np.lib.format.open_memmap(images_path, "w+", np.uint8, (2 * pairs, height, width, 3)).flush()
+    np.lib.format.open_memmap(images_path, "w+", np.uint8, (2 * pairs, height, width, 3)).flush()  # type: ignore[no-untyped-call]
     parts = {}
     with ProcessPoolExecutor() as pool:
         jobs = [

@@ -140,7 +140,9 @@ class _Painter:
             if self.scene.mountains == "snowy":
                 down = 0.42
                 low = top + tall * down
-                self.draw.polygon([(x, top), (x + right * down, low), (x, low + tall * 0.1), (x - left * down, low)], cap)
+                self.draw.polygon(
+                    [(x, top), (x + right * down, low), (x, low + tall * 0.1), (x - left * down, low)], cap
+                )
 
     def land(self) -> None:
         rng = self.rng("water")
@@ -183,15 +185,27 @@ class _Painter:
         self.draw.rectangle((x - half, foot - tall * 0.5, x + half, foot), fill=trunk)
         if kind == "pine":
             wide = tall * 0.3
-            self.draw.polygon([(x, foot - tall * 0.7), (x + wide, foot - tall * 0.16), (x - wide, foot - tall * 0.16)], leaves)
-            self.draw.polygon([(x, foot - tall), (x + wide * 0.8, foot - tall * 0.48), (x - wide * 0.8, foot - tall * 0.48)], bright)
+            self.draw.polygon(
+                [(x, foot - tall * 0.7), (x + wide, foot - tall * 0.16), (x - wide, foot - tall * 0.16)], leaves
+            )
+            self.draw.polygon(
+                [(x, foot - tall), (x + wide * 0.8, foot - tall * 0.48), (x - wide * 0.8, foot - tall * 0.48)], bright
+            )
         elif kind == "palm":
             crown = foot - tall * 0.8
             self.draw.rectangle((x - half * 0.9, crown, x + half * 0.9, foot), fill=trunk)
             for turn in (-1.0, -0.5, 0.5, 1.0):
                 reach, lift = tall * 0.4 * turn, tall * (0.24 - 0.3 * abs(turn))
                 middle = (x + reach * 0.55, crown - lift - tall * 0.13)
-                self.draw.polygon([(x, crown + half), middle, (x + reach, crown - lift + tall * 0.1), (x + reach * 0.45, crown - lift + tall * 0.04)], leaves)
+                self.draw.polygon(
+                    [
+                        (x, crown + half),
+                        middle,
+                        (x + reach, crown - lift + tall * 0.1),
+                        (x + reach * 0.45, crown - lift + tall * 0.04),
+                    ],
+                    leaves,
+                )
             self.disc(x, crown, tall * 0.09, tall * 0.09, leaves)
         else:
             radius = tall * 0.34
@@ -226,11 +240,15 @@ class _Painter:
         dark = _lit((74, 50, 46), self.object_light)
         glass = (255, 226, 120) if self.scene.time == "night" else _lit((120, 170, 200), self.object_light)
         self.draw.rectangle((left, eaves, right, foot), fill=wall)
-        self.draw.polygon([(left - wide * 0.1, eaves), (x, eaves - tall * 0.75), (right + wide * 0.1, eaves)], fill=dark)
+        self.draw.polygon(
+            [(left - wide * 0.1, eaves), (x, eaves - tall * 0.75), (right + wide * 0.1, eaves)], fill=dark
+        )
         self.draw.rectangle((x - 4.5 * self.u, foot - tall * 0.6, x + 4.5 * self.u, foot), fill=dark)
         for side in (-1, 1):
             middle, size = x + side * wide * 0.31, 4.2 * self.u
-            self.draw.rectangle((middle - size, eaves + tall * 0.2, middle + size, eaves + tall * 0.2 + 2 * size), fill=glass)
+            self.draw.rectangle(
+                (middle - size, eaves + tall * 0.2, middle + size, eaves + tall * 0.2 + 2 * size), fill=glass
+            )
 
     def boat(self, water: tuple[float, float, float] | None) -> None:
         """`water`: middle and half width of the lake it floats on, None for the sea."""
@@ -244,9 +262,17 @@ class _Painter:
         else:
             x, foot = water[0] + water[2] * rng.uniform(-0.35, 0.35), water[1] + 6 * size
         deck = foot - 10 * size
-        self.draw.polygon([(x - 25 * size, deck), (x + 25 * size, deck), (x + 17 * size, foot), (x - 17 * size, foot)], fill=hull)
-        self.draw.polygon([(x - 1 * size, deck - 3 * size), (x - 1 * size, deck - 46 * size), (x + 25 * size, deck - 3 * size)], fill=colour)
-        self.draw.polygon([(x - 5 * size, deck - 3 * size), (x - 5 * size, deck - 36 * size), (x - 22 * size, deck - 3 * size)], fill=colour)
+        self.draw.polygon(
+            [(x - 25 * size, deck), (x + 25 * size, deck), (x + 17 * size, foot), (x - 17 * size, foot)], fill=hull
+        )
+        self.draw.polygon(
+            [(x - 1 * size, deck - 3 * size), (x - 1 * size, deck - 46 * size), (x + 25 * size, deck - 3 * size)],
+            fill=colour,
+        )
+        self.draw.polygon(
+            [(x - 5 * size, deck - 3 * size), (x - 5 * size, deck - 36 * size), (x - 22 * size, deck - 3 * size)],
+            fill=colour,
+        )
 
     def paint(self) -> Image.Image:
         scene = self.scene

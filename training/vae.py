@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
-from tqdm import tqdm
 
 from training import dataset
 from training.common import Ema, Run, learning_rate, pid_file, train_dir, write_atomically
@@ -46,7 +45,7 @@ def build() -> AutoencoderKL:
 
 def to_tensor(images: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
     """[N, H, W, 3] uint8 to [N, 3, H, W] float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_images(pixels: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -78,7 +77,7 @@ class Crops:
         scenes = self.files[0]
         picture = scenes.images[int(self.rng.integers(scenes.trained))]
         places = self.rng.integers(0, 65, size=(2, 2))
-        crops = [picture[y : y + 64, x : x + 64] for y, x in places]
+        crops: list[np.ndarray[Any, np.dtype[np.uint8]]] = [picture[y : y + 64, x : x + 64] for y, x in places]
         detail = [np.abs(np.diff(crop.astype(np.int16), axis=1)).sum() for crop in crops]
         return crops[int(np.argmax(detail))]
 
@@ -92,21 +91,30 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
+def round_trip(
+    model: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """[N, H, W, 3] to their reconstructions, from mean latents."""
+    parts = [
+        to_images(model.decode(model.encode(to_tensor(images[first : first + 8])).latent_dist.mode()).sample)
+        for first in range(0, len(images), 8)
+    ]
+    return np.concatenate(parts)
+
+
 def psnr(model: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, Any]:
     """[N] PSNR in dB of reconstructions (mean latents, 8-bit output) against `images` [N, H, W, 3]."""
-    values = []
-    for first in range(0, len(images), 8):
-        batch = images[first : first + 8]
-        output = to_images(model.decode(model.encode(to_tensor(batch)).latent_dist.mode()).sample)
-        error = np.square(output.astype(float) - batch).mean((1, 2, 3))
-        values.append(10 * np.log10(255**2 / np.maximum(error, 1e-2)))
-    return np.concatenate(values)
+    error = np.square(round_trip(model, images).astype(float) - images).mean((1, 2, 3))
+    values: np.ndarray[Any, Any] = 10 * np.log10(255**2 / np.maximum(error, 1e-2))
+    return values
 
 
 @torch.no_grad()
 def latent_statistics(model: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
     """`scaling_factor` (1 over the standard deviation of all latents) and what it was measured from."""
-    latents = torch.cat([model.encode(to_tensor(images[i : i + 8])).latent_dist.sample() for i in range(0, len(images), 8)])
+    latents = torch.cat(
+        [model.encode(to_tensor(images[i : i + 8])).latent_dist.sample() for i in range(0, len(images), 8)]
+    )
     return {
         "scaling_factor": float(1 / latents.std()),
         "latent_std": float(latents.std()),
@@ -135,7 +143,9 @@ def load_trained() -> AutoencoderKL:
 
 
 def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float = 1e-3) -> None:
-    """Train until the stage's budget is spent, resuming from its checkpoint; writes `vae.json` at the end of `joint`."""
+    """Train until the budget is spent, resuming from the checkpoint; writes `vae.json` at the end of `joint`."""
+    if not decoder_only and (train_dir() / "vae.json").exists():
+        return  # latents may be cached already: the encoder stays as it is
     run = Run("vae-decoder" if decoder_only else "vae", core_minutes * 60)
     torch.manual_seed(seed)
     model = load_trained().train() if decoder_only else build()
@@ -154,10 +164,9 @@ def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float
     crops = Crops(np.random.default_rng([seed, run.step]))
     torch.manual_seed(seed + run.step)
     held_out = crops.files[0].images[-64:]
-    bar = tqdm(total=round(core_minutes, 1), initial=round(run.spent / 60, 1), desc=run.stage, unit="core-min")
-    while not run.finished:
+    for progress in run.steps():
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak, run.progress, warm=0.01, decay_from=0.3)
+            group["lr"] = learning_rate(peak, progress, warm=0.01, decay_from=0.3)
         target = crops.batch(whole=run.step % 2 == 1)
         with torch.set_grad_enabled(not decoder_only):
             posterior = model.encode(target).latent_dist
@@ -168,21 +177,15 @@ def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float
             kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
             loss = reconstruction + KL_WEIGHT * kl
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         ema.update(model)
         run.tick(loss=reconstruction.item(), mse=F.mse_loss(output, target).item())
-        bar.n = round(run.spent / 60, 2)
-        bar.set_postfix(step=run.step, refresh=False)
-        bar.update(0)
-        if run.step % 50 == 0:
-            run.means()
         if run.due():
             averaged = _ema_model(ema)
             run.note({"step": run.step, "core_minutes": run.spent / 60, "psnr": float(psnr(averaged, held_out).mean())})
             run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state())
-    bar.close()
     if not decoder_only:
         statistics = latent_statistics(_ema_model(ema), crops.files[0].images[:512])
         write_atomically(json.dumps(statistics, indent=1), train_dir() / "vae.json")

@@ -140,9 +140,7 @@ def random_scene(seed: int, size: tuple[int, int] = FORMATS[0]) -> Scene:
     if kind == "boat":
         lake = rng.random() < 0.25
         land = _pick(rng, ("meadow", "desert", "snow"), (0.6, 0.15, 0.25))
-        return consistent(
-            replace(plain, boat=colour, ground=land if lake else "sea", lake="yes" if lake else "no")
-        )
+        return consistent(replace(plain, boat=colour, ground=land if lake else "sea", lake="yes" if lake else "no"))
     if kind == "open":
         return consistent(plain)
     tree = _TREES_ON[plain.ground][int(rng.integers(len(_TREES_ON[plain.ground])))]
@@ -169,9 +167,7 @@ def random_variant(scene: Scene, seed: int) -> Scene:
     """
     rng = np.random.default_rng([seed, 11])
     names = [name for name in VALUES if name not in ("orb", "stars", "sky")]
-    weights = np.array(
-        [6.0 if name in ("house", "boat") and getattr(scene, name) != "none" else 1.0 for name in names]
-    )
+    weights = np.array([6.0 if name in ("house", "boat") and getattr(scene, name) != "none" else 1.0 for name in names])
     for _ in range(32):
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         others = [value for value in VALUES[name] if value not in (getattr(scene, name), "none")]

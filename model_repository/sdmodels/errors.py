@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class InvalidInputError(ValueError):
+class InvalidInput(ValueError):
     """An input that no model can answer. Its message is fit for the caller: no internals, no paths."""

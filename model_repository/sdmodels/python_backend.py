@@ -12,10 +12,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
-from sdmodels.errors import InvalidInputError
+from sdmodels.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from sdmodels.batching import Arrays
 
 
-class CancelledError(Exception):
+class Cancelled(Exception):
     """The caller left while the request waited."""
 
 
@@ -65,18 +64,18 @@ class BackendModel:
             if not gone
         ]
         answers = iter(run_together(self._run, inputs))
-        return [self._response(pb_utils, CancelledError() if gone else next(answers)) for gone in cancelled]
+        return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
 
     def _response(self, pb_utils: Any, answer: Arrays | Exception) -> Any:
         error = pb_utils.TritonError
         match answer:
-            case CancelledError():
+            case Cancelled():
                 failure = error("cancelled before it ran", error.CANCELLED)
-            case InvalidInputError():
+            case InvalidInput():
                 failure = error(str(answer), error.INVALID_ARG)
             case Exception():
                 pb_utils.Logger.log_error("".join(traceback.format_exception(answer)))
-                failure = error(f"the model failed with {type(answer).__name__}: Triton's log says where", error.INTERNAL)
+                failure = error(f"the model failed with {type(answer).__name__}; see Triton's log", error.INTERNAL)
             case arrays:
                 tensors = zip(self.outputs, arrays, strict=True)
                 return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors])
@@ -102,7 +101,7 @@ class TextEncoderModel(BackendModel):
 
 
 class UNetModel(BackendModel):
-    """`latents` FP32 [B, 4, h, w], `timestep` FP32 [B, 1], `text_states` FP32 [B, 77, D] -> `prediction` like `latents`."""
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, 77, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
@@ -131,4 +130,4 @@ def _utf8(text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidInputError("text is not valid UTF-8") from None
+        raise InvalidInput("text is not valid UTF-8") from None

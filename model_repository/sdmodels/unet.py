@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from sdmodels.errors import InvalidInputError
+from sdmodels.errors import InvalidInput
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -32,12 +32,13 @@ class UNet:
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] prediction for [B, 4, h, w] latents at [B] timesteps (0 to 999, may lie between) under [B, 77, D] text states.
+        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, 77, D].
 
-        What is predicted (noise or velocity) is the engine's matter. Raises `InvalidInputError` where rows disagree.
+        Timesteps count from 0 to 999 and may lie between two. Whether noise or velocity is predicted is the engine's
+        matter. Raises `InvalidInput` where the numbers of rows disagree.
         """
         if not len(latents) == len(timesteps) == len(text_states):
-            raise InvalidInputError(
+            raise InvalidInput(
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )

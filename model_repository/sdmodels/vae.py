@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from sdmodels.errors import InvalidInputError
+from sdmodels.errors import InvalidInput
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -34,20 +34,20 @@ class VaeDecoder:
 
     @torch.inference_mode()
     def __call__(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """[B, 8h, 8w, 3] RGB pixels of [B, 4, h, w] latents as the UNet sees them: the scaling factor is taken off here.
+        """[B, 8h, 8w, 3] RGB pixels of latents [B, 4, h, w] in the UNet's scale; the scaling factor is taken off here.
 
         Rows are decoded one by one: an image then depends on its own latents alone, and memory does not grow with the
-        batch. Raises `InvalidInputError` for NaN or infinity, which would be a black picture.
+        batch. Raises `InvalidInput` for NaN or infinity, which would be a black picture.
         """
         return np.stack([self._decode(row) for row in latents])
 
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         if not np.isfinite(latents).all():
-            raise InvalidInputError("the latents hold NaN or infinity: the denoising before went wrong")
+            raise InvalidInput("the latents hold NaN or infinity: the denoising before went wrong")
         scaled = torch.from_numpy(latents[None]).to(self._device, memory_format=torch.channels_last)
         image = self._vae.decode(scaled / self._scaling_factor, return_dict=False)[0][0]
         if not image.isfinite().all():
-            raise InvalidInputError("the latents are out of the decoder's range: they decode to NaN or infinity")
+            raise InvalidInput("the latents are out of the decoder's range: they decode to NaN or infinity")
         # [-1, 1] to 0..255, halves to even, as diffusers' image processor does.
         pixels: NDArray[np.uint8] = (image / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
         return pixels

@@ -139,3 +139,7 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
 
 def _exit(number: signal.Signals) -> NoReturn:
     os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

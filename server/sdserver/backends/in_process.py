@@ -1,4 +1,4 @@
-"""Models in this process, for machines that no Triton serves and for tests. The one place of the server that runs torch."""
+"""Models in this process, for machines that no Triton serves. The one place of the server that brings in torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,177 @@
+"""Trains the denoiser: diffusers' UNet2DConditionModel, v-prediction, on cached latents and penultimate text states.
+
+Batches hold one format and about the same number of latent tokens. Two threads each run their half of a batch through
+a replica that shares the parameters: on a busy machine that waits far less than two threads inside every operation.
+The learning rate is constant and falls by a cosine at the end of the stated budget, so a budget may be raised until
+then; the exponential average can be sampled at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn import functional as F  # noqa: N812  # torch's own habit
+
+from training import clip, latents, tokenizer, vae
+from training.captions import caption
+from training.common import Ema, Run, learning_rate, pid_file, train_dir
+from training.world import FORMATS
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+CHANNELS, HEADS = (64, 128, 192), (2, 4, 6)
+BATCH_TOKENS = 32 * 16 * 16
+SQUARE_SHARE = 0.7
+BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.012, 1000
+
+_Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def build() -> UNet2DConditionModel:
+    """The denoiser, untrained: three levels, cross-attention at the upper two and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        attention_head_dim=HEADS,
+        cross_attention_dim=clip.WIDTH,
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """[TIMESTEPS] of the scaled-linear schedule of Stable Diffusion."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+class Batches:
+    """Random training batches: noisy latents, timesteps, text states and the velocity to predict."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        self.rng = np.random.default_rng([seed, step])
+        self.noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        self.files = [latents.load(size) for size in FORMATS]
+        self.tokens, self.clip = tokenizer.load(), clip.load_trained()
+        self.scaling_factor = float(vae.load_trained().config["scaling_factor"])
+        self.alphas = alphas_cumprod()
+
+    @torch.no_grad()
+    def batch(self) -> _Batch:
+        """Noisy [N, 4, h, w], timesteps [N], text states [N, 77, D], velocity [N, 4, h, w]."""
+        rng = self.rng
+        square = rng.random() < SQUARE_SHARE
+        file = self.files[0 if square else int(rng.integers(1, len(self.files)))]
+        count = max(2, round(BATCH_TOKENS / np.prod(file.moments.shape[2:]) / 2) * 2)
+        rows = rng.integers(len(file), size=count)
+        x0 = file.sample(rows, self.scaling_factor, self.noise)
+        texts = [caption(file.scenes.scene(int(row)), rng).text for row in rows]
+        states = clip.text_states(self.clip, self.tokens(texts))
+        timesteps = torch.randint(TIMESTEPS, (count,), generator=self.noise)
+        noise = torch.randn(x0.shape, generator=self.noise)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
+        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        return signal * x0 + spread * noise, timesteps, states, signal * noise - spread * x0
+
+
+class Replicas:
+    """The same parameters run by several threads at once, each with gradients of its own."""
+
+    def __init__(self, model: UNet2DConditionModel, threads: int) -> None:
+        self.model = model
+        self.replicas = [model, *(copy.deepcopy(model) for _ in range(threads - 1))]
+        for replica in self.replicas[1:]:
+            for mine, shared in zip(replica.parameters(), model.parameters(), strict=True):
+                mine.data = shared.data
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def gradients(self, batch: _Batch) -> float:
+        """Leave the batch's mean gradient in the model's parameters; returns its mean loss."""
+        parts = list(zip(*(tensor.chunk(len(self.replicas)) for tensor in batch), strict=True))
+        jobs: list[Future[float]] = [
+            self.pool.submit(self._part, replica, part) for replica, part in zip(self.replicas, parts, strict=False)
+        ]
+        losses = [job.result() for job in jobs]
+        for replica in self.replicas[1 : len(parts)]:
+            for mine, other in zip(self.model.parameters(), replica.parameters(), strict=True):
+                if mine.grad is not None and other.grad is not None:
+                    mine.grad.add_(other.grad)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(len(parts))
+        return sum(losses) / len(losses)
+
+    @staticmethod
+    def _part(model: UNet2DConditionModel, part: _Batch) -> float:
+        noisy, timesteps, states, velocity = part
+        model.zero_grad()
+        loss = F.mse_loss(model(noisy, timesteps, states).sample, velocity)
+        torch.autograd.backward(loss)
+        return loss.item()
+
+
+def load_trained() -> UNet2DConditionModel:
+    """The averaged weights of the latest checkpoint."""
+    path = train_dir() / "unet.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `python -m training.unet` first")
+    model = build()
+    model.load_state_dict(torch.load(path, weights_only=False)["ema"]["shadow"])
+    return model.eval().requires_grad_(False)
+
+
+def train(core_minutes: float, *, threads: int = 2, seed: int = 2, peak: float = 7e-4) -> None:
+    """Train until the stage's budget is spent, resuming from its checkpoint."""
+    run = Run("unet", core_minutes * 60)
+    torch.manual_seed(seed)
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(model, 0.9992)
+    seen = 0
+    state: dict[str, Any] | None = run.resume()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load(state["ema"])
+        seen = state["seen"]
+    replicas, batches = Replicas(model, threads), Batches(seed, run.step)
+    for progress in run.steps():
+        for group in optimizer.param_groups:
+            # 3 core-minutes of warm-up, whatever the budget
+            warm = min(0.02, 180 / run.core_seconds)
+            group["lr"] = learning_rate(peak, progress, warm=warm, decay_from=0.6)
+        batch = batches.batch()
+        loss = replicas.gradients(batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+        seen += len(batch[0])
+        run.tick(v_loss=loss)
+        if run.due():
+            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state(), seen=seen)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.unet", description=__doc__)
+    parser.add_argument("--core-minutes", type=float, default=600.0, help="CPU time of the whole stage (default: 600)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with pid_file("unet"):
+        train(options.core_minutes, threads=options.threads)
+
+
+if __name__ == "__main__":
+    main()
