@@ -117,20 +117,22 @@ def done(bars: Progress, bar: int, times: Table) -> None:
 
 
 def write_contact_sheet(path: Path, files: list[Path]) -> None:
-    """All pictures below each other at twice their size, each with its prompts above it."""
+    """The first picture above the other two, which stand side by side; all at twice their size under their prompts."""
     margin, caption = 8, 20
-    pictures = [Pillow.open(file).convert("RGB") for file in files]
-    pictures = [picture.resize((picture.width * 2, picture.height * 2)) for picture in pictures]
-    width = max(picture.width for picture in pictures) + 2 * margin
-    height = sum(picture.height + caption + margin for picture in pictures) + margin
-    sheet = Pillow.new("RGB", (width, height), "white")
+    pictures = []
+    for file in files:
+        with Pillow.open(file) as picture:
+            pictures.append(picture.convert("RGB").resize((picture.width * 2, picture.height * 2)))
+    first, left, right = pictures
+    second_row = first.height + caption + 2 * margin
+    places = [(margin, margin), (margin, second_row), (left.width + 2 * margin, second_row)]
+    width = left.width + right.width + 3 * margin
+    sheet = Pillow.new("RGB", (width, second_row + caption + left.height + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    top = margin
-    for picture, (_, prompts, *_) in zip(pictures, PICTURES, strict=True):
+    for picture, (x, y), (_, prompts, *_) in zip(pictures, places, PICTURES, strict=True):
         text = " | ".join(f"{prompt.text} : {prompt.weight:g}" for prompt in prompts)
-        draw.text((margin, top + 4), text, fill="black")
-        sheet.paste(picture, (margin, top + caption))
-        top += picture.height + caption + margin
+        draw.text((x, y + 4), text, fill="black")
+        sheet.paste(picture, (x, y + caption))
     sheet.save(path)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,12 @@ from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdserver.engines import Catalog, load_catalog
 from sdserver.server import Server
 from sdserver.settings import ServeSettings
-
-# pytest_plugins = ["triton_fixture"]
+from sdserver.triton_process import TritonProcess
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
-    from sdserver.triton_process import TritonProcess
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +49,16 @@ async def server(settings: ServeSettings, backend: FakeBackend) -> AsyncIterator
 async def stub(server: Server) -> AsyncIterator[GenerationServiceAsyncStub]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield GenerationServiceStub(channel)
+
+
+@pytest.fixture(scope="session")
+def triton(settings: ServeSettings, catalog: Catalog) -> Iterator[TritonProcess]:
+    """A real Triton with the shipped engine, for the whole session."""
+    models = [model for engine in catalog for model in engine.models]
+    process = TritonProcess(settings.model_repository, models, grpc_port=0, http_port=0, metrics_port=0)
+    with asyncio.Runner() as runner:
+        yield runner.run(process.__aenter__())
+        runner.run(process.__aexit__())
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def test_json_reports_the_images_and_the_resolved_request(capsys: pytest.Capture
     assert [made["seed"] for made in report["images"]] == [40, 41]
     assert report["options"]["guidance_scale"] == 7.1
     assert report["options"]["output"] == {"media_type": "image/png", "quality": None}
-    assert report["prompts"][-1] == {"text": "trees", "weight": -1.0}
+    assert report["prompts"][-1] == {"text": "trees", "weight": -1.0, "emphasis": []}
     assert report["timings"]["total"] == 1.5
     assert report["usage"]["unet_rows"] == 40
 

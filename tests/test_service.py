@@ -123,6 +123,7 @@ async def test_a_failing_model_is_a_status_without_insides_and_the_next_request_
     assert details_of(error, error_details_pb2.ErrorInfo).reason == reason
     assert "secret" not in (error.details() or "")
     backend.error = None
+    await asyncio.sleep(0.2)  # an engine that did not answer is asked again first
     assert await image_of(stub, a_request())
     assert (server.admission.active, server.admission.queued) == (0, 0)
 

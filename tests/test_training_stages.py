@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from training import card, clip, dataset, export, latents, sample, tokenizer, unet, vae
 from training.common import Run, learning_rate
+from training.optim import Muon, orthogonal
 from training.world import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-TOY = 0.04  # core-minutes
+TOY = 0.02  # core-minutes
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for size in FORMATS:
-        dataset.make(size, 10)
+        dataset.make(size, 5)
     vae.train(TOY, decoder_only=False)
     clip.train(TOY, pairs=4)
     for size in FORMATS:
-        latents.encode(size, 8)
+        latents.encode(size, 4)
     unet.train(TOY, threads=2)
     yield folder
     torch.set_num_threads(threads)
@@ -134,6 +135,42 @@ def test_a_picture_that_a_caption_also_fits_is_no_negative_of_it() -> None:
     alike = torch.tensor([[True, True], [True, True]])
     assert clip.contrastive_loss(features, features, scale, alike).item() == pytest.approx(0, abs=1e-4)
     assert clip.contrastive_loss(features, features, scale, torch.eye(2, dtype=torch.bool)).item() > 0.5
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 144), (90, 10)])
+def test_an_orthogonal_update_has_singular_values_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert 0.3 < values.min() < 1.3
+    assert 0.6 < values.max() < 1.3
+    assert (orthogonal(matrix) * matrix).sum() > 0
+
+
+def test_muon_finds_the_weights_of_a_linear_map_and_resumes_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, wanted = torch.randn(64, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    layer = torch.nn.Linear(8, 4)
+
+    def step(layer: torch.nn.Linear, optimizer: Muon) -> float:
+        loss = (layer(inputs) - inputs @ wanted.T).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        return loss.item()
+
+    optimizer = Muon(layer.parameters(), matrix_rate=0.3, rate=0.03, weight_decay=0.0)
+    losses = []
+    for remaining in range(150, 0, -1):
+        optimizer.set_progress(remaining / 150)
+        losses.append(step(layer, optimizer))
+    assert losses[-1] < 0.01 * losses[0]
+
+    twin = torch.nn.Linear(8, 4)
+    twin.load_state_dict(layer.state_dict())
+    resumed = Muon(twin.parameters(), matrix_rate=0.3, rate=0.03, weight_decay=0.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert step(layer, optimizer) == step(twin, resumed)
+    assert torch.equal(layer.weight, twin.weight)
 
 
 def test_the_learning_rate_rises_rests_and_falls() -> None:

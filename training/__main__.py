@@ -19,8 +19,8 @@ from dataclasses import dataclass
 class Budgets:
     """Core-minutes of each trained stage."""
 
-    vae: float = 50
-    clip: float = 32
+    vae: float = 30
+    clip: float = 22
     unet: float = 600
     decoder: float = 60
     classifier: float = 8

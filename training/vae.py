@@ -19,11 +19,13 @@ from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
 from training import dataset
 from training.common import Ema, Run, learning_rate, pid_file, train_dir, write_atomically
+from training.optim import Muon
 from training.world import FORMATS
 
 CHANNELS = (32, 32, 64, 64)
 BATCH_PIXELS = 8 * 64 * 64
-KL_WEIGHT = 3e-4
+KL_WEIGHT = 2e-5
+MATRIX_RATE = 4e-3
 
 
 def build() -> AutoencoderKL:
@@ -40,7 +42,24 @@ def build() -> AutoencoderKL:
         sample_size=128,
         mid_block_add_attention=False,
     )
+    _initialise(model)
     return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _initialise(model: AutoencoderKL) -> None:
+    """Residual blocks start as identities, the posterior nearly without noise: else channels die unused."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+            if name.endswith("conv2"):
+                torch.nn.init.zeros_(module.weight)
+    latent_channels = model.config["latent_channels"]
+    model.quant_conv.weight[latent_channels:] *= 0.1
+    model.quant_conv.bias[latent_channels:] = -5.0
+    model.decoder.conv_out.weight *= 0.1
 
 
 def to_tensor(images: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
@@ -142,7 +161,7 @@ def load_trained() -> AutoencoderKL:
     return model.eval().requires_grad_(False)
 
 
-def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float = 1e-3) -> None:
+def train(core_minutes: float, *, decoder_only: bool, seed: int = 0) -> None:
     """Train until the budget is spent, resuming from the checkpoint; writes `vae.json` at the end of `joint`."""
     if not decoder_only and (train_dir() / "vae.json").exists():
         return  # latents may be cached already: the encoder stays as it is
@@ -154,7 +173,7 @@ def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float
         trained = list(model.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = Muon(trained, matrix_rate=MATRIX_RATE, rate=1e-3, weight_decay=1e-3)
     ema = Ema(model, 0.998)
     state = run.resume()
     if state is not None:
@@ -165,8 +184,7 @@ def train(core_minutes: float, *, decoder_only: bool, seed: int = 0, peak: float
     torch.manual_seed(seed + run.step)
     held_out = crops.files[0].images[-64:]
     for progress in run.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak, progress, warm=0.01, decay_from=0.3)
+        optimizer.set_progress(learning_rate(1, progress, warm=0.01, decay_from=0.3))
         target = crops.batch(whole=run.step % 2 == 1)
         with torch.set_grad_enabled(not decoder_only):
             posterior = model.encode(target).latent_dist

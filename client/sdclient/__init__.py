@@ -3,11 +3,12 @@
     from sdclient import Client
 
     with Client("localhost:50051") as client:
-        [image] = client.generate(["a lake at dusk", ("trees", -1)], width=384, height=128, seed=7)
+        [image] = client.generate("a lake at dusk | trees : -1", width=384, height=128, seed=7)
         image.save("lake.png")
 
 `Client` and its twin `AsyncClient` generate (`generate`), generate and show how it goes (`stream`), and list engines
-(`engines`). Everything that can go wrong with a call is an `SDError`.
+(`engines`). `parse_prompts` and `format_prompts` read and write prompt syntax. Everything that can go wrong with a call
+is an `SDError`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ._errors import (
     DeadlineExceededError,
     InvalidRequestError,
     NotFoundError,
+    PromptSyntaxError,
     SDError,
     ServerBusyError,
     ServerError,
@@ -26,10 +28,12 @@ from ._errors import (
     UnsupportedError,
 )
 from ._events import Accepted, Event, Finished, Image, Preview, Progress, Timings, Usage
+from ._prompts import format_prompts, parse_prompts
 from ._sync import Client
 from ._types import (
     Blending,
     ClipGuidance,
+    Emphasis,
     Engine,
     EngineDefaults,
     EngineLimits,
@@ -55,6 +59,7 @@ __all__ = [
     "Client",
     "ClipGuidance",
     "DeadlineExceededError",
+    "Emphasis",
     "Engine",
     "EngineDefaults",
     "EngineLimits",
@@ -73,6 +78,7 @@ __all__ = [
     "PreviewOptions",
     "Progress",
     "Prompt",
+    "PromptSyntaxError",
     "Prompts",
     "SDError",
     "Sampler",
@@ -83,4 +89,6 @@ __all__ = [
     "UnavailableError",
     "UnsupportedError",
     "Usage",
+    "format_prompts",
+    "parse_prompts",
 ]

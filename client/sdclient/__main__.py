@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
     # A flag with the name of an option of `Client.generate` becomes that option.
     option = generate.add_argument
-    option("prompts", nargs="+", metavar="PROMPT", help="what to show")
+    syntax = "what to show, or several with weights: 'a portrait : 2 | blender, cropped : -2'"
+    option("prompts", nargs="+", metavar="PROMPT", help=syntax)
     option("-N", "--negative", action="append", default=[], metavar="TEXT", help="what not to show; may be repeated")
     option(
         "-o",

@@ -2,6 +2,7 @@
 
     SDError                      .code .reason .request_id .metadata .violations .retry_after
     +-- InvalidRequestError      fix the request; .violations says where (also ValueError)
+    |   +-- PromptSyntaxError    fix the text at .column
     +-- NotFoundError            ask for an engine of `engines()`
     +-- UnsupportedError         leave the option out, or use a newer server
     +-- ServerBusyError          come back in .retry_after seconds
@@ -59,6 +60,15 @@ class SDError(Exception):
 
 class InvalidRequestError(SDError, ValueError):
     """The request is wrong; `violations` has all its problems at once."""
+
+
+class PromptSyntaxError(InvalidRequestError):
+    """A text is not in prompt syntax; the message shows the place."""
+
+    def __init__(self, message: str, *, column: int = 1) -> None:
+        super().__init__(message, code="INVALID_ARGUMENT")
+        self.column = column
+        """The character of the text at which it cannot go on, from 1."""
 
 
 class NotFoundError(SDError):
@@ -122,7 +132,7 @@ _UNAVAILABLE = [
     (r"failed to connect", "no server at {target}: start one with `sdserver up`, or give the address of another"),
 ]
 
-for _error in (SDError, *SDError.__subclasses__()):
+for _error in (SDError, *SDError.__subclasses__(), PromptSyntaxError):
     # Tracebacks then show the name that callers catch.
     _error.__module__ = "sdclient"
 

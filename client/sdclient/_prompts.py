@@ -17,19 +17,17 @@ from ._types import Emphasis, Prompt
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-MAX_WEIGHT = 10.0
-"""Greatest size of a prompt's weight, as in the contract."""
-
-MAX_FACTOR = 10.0
-"""Greatest factor of an emphasis; nested brackets multiply."""
-
-BRACKET_FACTOR = 1.1
-"""`(trees)` multiplies by it, `[trees]` divides by it."""
+# The contract's ranges: weights from -10 to 10, factors from 0 to 10.
+_MAX_WEIGHT = 10.0
+_MAX_FACTOR = 10.0
+# (trees) multiplies by it, [trees] divides by it.
+_BRACKET_FACTOR = 1.1
 
 # Text that is copied from a typeset page has a minus sign or an en dash where a hyphen was.
 _DASHES = {0x2212: "-", 0x2013: "-"}
-_NUMBER = r"[+\-\u2212\u2013]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-# Text in spite of its colons: the rest of an address, ratios and times (16:9, 12:30:15, 2.39:1, 1:1.85), versions.
+# Programs write nan and inf; they match so that they are refused.
+_NUMBER = r"[+\-\u2212\u2013]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|nan|inf)"
+# Text in spite of its colons: the rest of an address, ratios and times (16:9, 12:30:15, 2.39:1, 1:1.85), numbers.
 _PLAIN = (
     r"://[^\s|()\[\]\\]*"
     r"|[0-9]+(?:\.[0-9]+)*(?::[0-9]+)+(?!\.?[0-9])"
@@ -39,12 +37,13 @@ _PLAIN = (
 _TOKEN = (
     r"\\(?P<escape>[\\|:()\[\]\s])"
     rf"|{_PLAIN}"
-    rf"|\s*(?P<colon>:)\s*(?P<number>{_NUMBER})\s*(?P<end>,|(?=[|)\]])|\Z)"
-    r"|(?P<mark>[|()\[\]])"
+    rf"|(?P<weight>\s*(?P<colon>:)\s*(?P<number>{_NUMBER})\s*(?:(?P<comma>,)|(?=[|)\]])|\Z))"
+    r"|\(\)|\[\]|(?P<mark>[|()\[\]])"
     r"|\s+|[^\s\\|:()\[\]0-9]+|[\\:]"
 )
 _ESCAPED = rf"(?P<plain>{_PLAIN})|[\\|()\[\]]|:(?=\s*{_NUMBER}\s*(?:,|\Z))"
 _OPENING = {")": "(", "]": "["}
+_OR_ESCAPE = r"or write \: for the colon itself"
 
 
 def parse_prompts(text: str) -> tuple[Prompt, ...]:
@@ -74,29 +73,13 @@ def format_prompts(prompts: Iterable[Prompt]) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-class _Token(NamedTuple):
-    kind: str
-    """`text`, `escape`, `weight`, or the mark itself: one of | ( ) [ ]"""
-    at: int
-    """Where it stands; the colon of a weight."""
-    text: str
-    """What it adds to the prompt's text."""
-    number: str = ""
-    """A weight's number as it is written."""
-    number_at: int = 0
-    end: int = 0
-    """The character after a weight and its comma."""
-    comma: bool = False
-    """Whether a comma ends the weight."""
-
-
 class _Bracket(NamedTuple):
     """A bracket that is open at this point."""
 
-    index: int
-    """Its token."""
+    at: int
+    """Where it stands."""
     start: int
-    """Where its part begins in the prompt's text."""
+    """Where its part of the prompt's text begins."""
     factor: float
     """Of its text, those around it included."""
 
@@ -114,7 +97,7 @@ class _Draft:
     stretch: int = 0
     """Where the last bracket stood."""
     emphasis: list[Emphasis] = field(default_factory=list)
-    unclosed: _Token | None = None
+    unclosed: re.Match[str] | None = None
     """The last opening bracket that is text because nothing closes it."""
 
     def add(self, text: str, *, escaped: bool = False) -> None:
@@ -146,92 +129,98 @@ class _Draft:
 class _Parser:
     def __init__(self, source: str) -> None:
         self._source = source
-        self._tokens = [_token(match) for match in re.finditer(_TOKEN, source)]
+        self._tokens = list(re.finditer(_TOKEN, source))
+        # Of each token: a mark, `weight`, `escape` or `text`.
+        self._kinds = [token["mark"] or token.lastgroup or "text" for token in self._tokens]
         self._partners = self._pair()
         self._open: list[_Bracket] = []
         self._draft = _Draft()
         self._prompts: list[Prompt] = []
 
     def parse(self) -> tuple[Prompt, ...]:
-        for index, token in enumerate(self._tokens):
-            if token.kind == "weight":
+        for index, (kind, token) in enumerate(zip(self._kinds, self._tokens, strict=True)):
+            if kind == "weight":
                 self._read_weight(index, token)
-            elif token.kind == "|":
+            elif kind == "|":
                 self._end_prompt(None)
-            elif index not in self._partners:
-                if token.kind in _OPENING.values():
-                    self._draft.unclosed = token
-                self._draft.add(token.text, escaped=token.kind == "escape")
-            elif token.kind in _OPENING:
+            elif index in self._partners and kind in _OPENING:
                 self._draft.end_stretch(self._open.pop().factor)
-            else:
+            elif index in self._partners:
                 self._open_bracket(index, token)
+            else:
+                if kind in _OPENING.values():
+                    self._draft.unclosed = token
+                self._draft.add(token["escape"] or token[0], escaped=kind == "escape")
         self._end_prompt(None)
         return tuple(self._prompts)
 
     def _pair(self) -> dict[int, int]:
-        """Each bracket -> its partner. A bracket without a partner or with nothing to hold is text."""
+        """Each bracket -> its partner, as indices of tokens. A bracket without a partner is text."""
         partners: dict[int, int] = {}
         opened: list[int] = []
-        # How many of each kind are in `opened`: a closing bracket without partner does not search it.
+        # How many of each kind are in `opened`: a closing bracket without a partner does not search it.
         counts = dict.fromkeys(_OPENING.values(), 0)
         bar = -1
-        for index, token in enumerate(self._tokens):
-            if token.kind == "|":
-                bar = token.at
-            elif token.kind in counts:
+        for index, kind in enumerate(self._kinds):
+            if kind == "|":
+                bar = index
+            elif kind in counts:
                 opened.append(index)
-                counts[token.kind] += 1
-            elif token.kind in _OPENING and counts[_OPENING[token.kind]]:
+                counts[kind] += 1
+            elif kind in _OPENING and counts[_OPENING[kind]]:
                 opener = ""
-                while opener != _OPENING[token.kind]:
-                    opening = opened.pop()
-                    opener = self._tokens[opening].kind
+                while opener != _OPENING[kind]:
+                    partner = opened.pop()
+                    opener = self._kinds[partner]
                     counts[opener] -= 1
-                if self._tokens[opening].at < bar:
-                    raise self._error(bar, rf"| cannot divide the text between two brackets; the character is \{'|'}")
-                if opening + 1 < index:
-                    partners |= {opening: index, index: opening}
+                if partner < bar:
+                    at = self._tokens[bar].start()
+                    raise self._error(at, r"| ends the prompt inside of a bracket: close that first, or write \|")
+                partners |= {partner: index, index: partner}
         return partners
 
-    def _open_bracket(self, index: int, token: _Token) -> None:
-        weight = self._tokens[self._partners[index] - 1]
-        factor = BRACKET_FACTOR
-        if token.kind == "[":
-            if weight.kind == "weight":
-                raise self._error(weight.at, r"square brackets take no number: write (trees:0.9); the character is \:")
-            factor = 1 / BRACKET_FACTOR
-        elif weight.kind == "weight":
-            hint = "; what the image should not show is a prompt of its own, such as | trees : -1"
-            factor = self._number(weight, "the factor", 0.0, MAX_FACTOR, hint)
+    def _open_bracket(self, index: int, token: re.Match[str]) -> None:
+        last = self._partners[index] - 1
+        weight = self._tokens[last] if self._kinds[last] == "weight" else None
+        factor = _BRACKET_FACTOR
+        if token[0] == "[":
+            if weight is not None:
+                problem = f"square brackets take no number: use round ones, such as (trees:0.9), {_OR_ESCAPE}"
+                raise self._error(weight.start("colon"), problem)
+            factor = 1 / _BRACKET_FACTOR
+        elif weight is not None:
+            hint = "what the image should not show is a prompt of its own, such as | trees : -1"
+            factor = self._number(weight, "the factor", 0.0, _MAX_FACTOR, hint)
         outer = self._open[-1].factor if self._open else None
         self._draft.end_stretch(outer)
         if outer is not None:
             # 15 digits: ((trees)) is 1.21, not 1.2100000000000002.
             factor = float(f"{outer * factor:.15g}")
-            if factor > MAX_FACTOR:
-                raise self._error(token.at, f"these brackets multiply to {factor:g}; at most {MAX_FACTOR:g}")
-        self._open.append(_Bracket(index, self._draft.length, factor))
+            if factor > _MAX_FACTOR:
+                raise self._error(token.start(), f"the brackets multiply to {factor:g}; at most {_MAX_FACTOR:g}")
+        self._open.append(_Bracket(token.start(), self._draft.length, factor))
 
-    def _read_weight(self, index: int, token: _Token) -> None:
+    def _read_weight(self, index: int, weight: re.Match[str]) -> None:
         bracket = self._open[-1] if self._open else None
-        following = self._tokens[index + 1] if index + 1 < len(self._tokens) else None
-        scope = -1 if bracket is None else self._tokens[bracket.index].at
+        colon = weight.start("colon")
+        following = self._kinds[index + 1] if index + 1 < len(self._kinds) else ""
+        if following in _OPENING and index + 1 not in self._partners:
+            raise self._error(weight.end(), rf"no bracket is open here: open one, or write \{following}")
         unclosed = self._draft.unclosed
-        if following is not None and following.kind in _OPENING and index + 1 not in self._partners:
-            raise self._error(following.at, rf"no bracket is open here; the character is \{following.kind}")
-        if unclosed is not None and scope < unclosed.at:
-            raise self._error(unclosed.at, rf"this bracket is not closed; the character is \{unclosed.kind}")
+        if unclosed is not None and (bracket is None or bracket.at < unclosed.start()):
+            raise self._error(unclosed.start(), rf"this bracket is not closed: close it, or write \{unclosed[0]}")
         if bracket is None:
             if self._draft.first is None:
-                raise self._error(token.at, r"no text stands before this weight; the character is \:")
-            if token.comma and self._source[token.end : token.end + 1].isdecimal():
-                raise self._error(token.end - 1, "a decimal point is a point; a comma that ends a prompt needs a space")
-            self._end_prompt(self._number(token, "the weight", -MAX_WEIGHT, MAX_WEIGHT, r"; the character is \:"))
-        elif token.comma:
-            raise self._error(token.at, r"a weight stands at the end of the bracket; the character is \:")
+                raise self._error(colon, f"nothing stands before this weight: say what it weighs, {_OR_ESCAPE}")
+            if weight["comma"] and self._source[weight.end() : weight.end() + 1].isdecimal():
+                problem = "leave a space after a comma that ends a prompt; a fraction has a point, such as 1.5"
+                raise self._error(weight.start("comma"), problem)
+            number = self._number(weight, "the weight", -_MAX_WEIGHT, _MAX_WEIGHT, f"choose another, {_OR_ESCAPE}")
+            self._end_prompt(number)
+        elif weight["comma"]:
+            raise self._error(colon, f"a number is for a whole bracket: write it at the bracket's end, {_OR_ESCAPE}")
         elif bracket.start == self._draft.length:
-            raise self._error(token.at, r"no text stands before this factor; the character is \:")
+            raise self._error(colon, f"nothing stands before this factor: say what it strengthens, {_OR_ESCAPE}")
 
     def _end_prompt(self, weight: float | None) -> None:
         prompt = self._draft.prompt(weight)
@@ -239,24 +228,15 @@ class _Parser:
             self._prompts.append(prompt)
         self._draft = _Draft()
 
-    def _number(self, token: _Token, what: str, least: float, most: float, hint: str) -> float:
-        number = float(token.number.translate(_DASHES))
+    def _number(self, weight: re.Match[str], what: str, least: float, most: float, hint: str) -> float:
+        number = float(weight["number"].translate(_DASHES))
         if not least <= number <= most:
-            raise self._error(token.number_at, f"{what} {token.number} is not from {least:g} to {most:g}{hint}")
+            problem = f"{what} {weight['number']} is not from {least:g} to {most:g}: {hint}"
+            raise self._error(weight.start("number"), problem)
         return number
 
     def _error(self, at: int, problem: str) -> PromptSyntaxError:
         return PromptSyntaxError(f"column {at + 1}: {problem}\n{_pointer(self._source, at)}", column=at + 1)
-
-
-def _token(match: re.Match[str]) -> _Token:
-    at, text = match.start(), match[0]
-    if match["number"] is not None:
-        comma = match["end"] == ","
-        return _Token("weight", match.start("colon"), "", match["number"], match.start("number"), match.end(), comma)
-    if match["escape"] is not None:
-        return _Token("escape", at, match["escape"])
-    return _Token(match["mark"] or "text", at, text)
 
 
 def _pointer(text: str, at: int) -> str:
@@ -284,16 +264,15 @@ def _violations(path: str, prompt: Prompt) -> dict[str, str]:
     if not prompt.text:
         found[f"{path}.text"] = "is empty; leave the prompt out"
     # The comparisons are false for NaN, too.
-    if prompt.weight is not None and not -MAX_WEIGHT <= prompt.weight <= MAX_WEIGHT:
-        found[f"{path}.weight"] = f"{prompt.weight:g} is not a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+    if prompt.weight is not None and not -_MAX_WEIGHT <= prompt.weight <= _MAX_WEIGHT:
+        found[f"{path}.weight"] = f"{prompt.weight:g} is not a number from {-_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}"
     position = 0
     for index, part in enumerate(prompt.emphasis):
         if not position <= part.start < part.end <= len(prompt.text):
-            found[f"{path}.emphasis[{index}]"] = (
-                f"{part.start} to {part.end} is no part of the {len(prompt.text)} characters from {position} on"
-            )
-        if not 0 <= part.factor <= MAX_FACTOR:
-            found[f"{path}.emphasis[{index}].factor"] = f"{part.factor:g} is not a number from 0 to {MAX_FACTOR:g}"
+            problem = f"{part.start} to {part.end} is no range within {position} to {len(prompt.text)}"
+            found[f"{path}.emphasis[{index}]"] = problem
+        if not 0 <= part.factor <= _MAX_FACTOR:
+            found[f"{path}.emphasis[{index}].factor"] = f"{part.factor:g} is not a number from 0 to {_MAX_FACTOR:g}"
         position = part.end
     return found
 
@@ -311,23 +290,23 @@ def _format(prompt: Prompt) -> str:
 
 
 def _format_emphasis(text: str, part: Emphasis) -> str:
-    piece = _escape(text, part.start, part.end)
-    if piece[-1].isspace() and not piece.endswith(f"\\{piece[-1]}"):
-        # The white space before the colon is not part of the text.
-        piece = f"{piece[:-1]}\\{piece[-1]}"
+    piece = _escape(text, part.start, part.end, trailing=True)
     # After white space, a colon is not part of a ratio or an address.
     colon = " : " if piece[-1].isdecimal() or "://" in piece else ":"
     return f"({piece}{colon}{_format_number(part.factor)})"
 
 
-def _escape(text: str, start: int, end: int) -> str:
-    """A part of a prompt's text, so that it is read as text; white space at the ends of the text, so that it stays."""
-    piece = re.sub(_ESCAPED, lambda match: match[0] if match["plain"] else f"\\{match[0]}", text[start:end])
-    if piece and start == 0 and piece[0].isspace():
-        piece = f"\\{piece}"
-    if len(piece) > 1 and end == len(text) and piece[-1].isspace() and piece[-2:-1] != "\\":
-        piece = f"{piece[:-1]}\\{piece[-1]}"
-    return piece
+def _escape(text: str, start: int, end: int, *, trailing: bool = False) -> str:
+    """A part of a prompt's text so that it is read as text.
+
+    White space is dropped at the ends of a prompt and before the colon of a weight; `trailing` says that one follows.
+    """
+    head = start < end and start == 0 and text[start].isspace()
+    tail = start + head < end and (trailing or end == len(text)) and text[end - 1].isspace()
+    middle = text[start + head : end - tail]
+    escaped = re.sub(_ESCAPED, lambda match: match[0] if match["plain"] else f"\\{match[0]}", middle)
+    before, after = (f"\\{text[at]}" if needed else "" for at, needed in ((start, head), (end - 1, tail)))
+    return f"{before}{escaped}{after}"
 
 
 def _format_number(value: float) -> str:

@@ -22,15 +22,31 @@ many prompts there are), or composable diffusion (arXiv:2206.01714, one row a pr
 
 
 @dataclass(frozen=True, slots=True)
+class Emphasis:
+    """Strengthens or weakens the characters `start` to `end` of a prompt's text."""
+
+    start: int
+    """The first character, from 0."""
+    end: int
+    """The character after the last one."""
+    factor: float
+    """Multiplies the effect of these characters' tokens, 0 to 10. 1 changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A text and its share in the image, -10 to 10: negative pushes away, 0 switches the prompt off, None is 1."""
 
     text: str
+    """Taken as it is: no syntax here."""
     weight: float | None = None
+    emphasis: tuple[Emphasis, ...] = ()
+    """Parts of the text, in their order and without overlaps."""
 
 
 Prompts = str | Prompt | Sequence[str | Prompt | tuple[str, float]]
-"""One prompt, or several; a weighted one is a `Prompt` or a tuple `(text, weight)`."""
+"""One prompt, or several. A `str` may say them in prompt syntax, `a lake at dusk : 2 | trees : -1` (see
+`parse_prompts`); the text of a `Prompt` or of a tuple `(text, weight)` is taken as it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from ._errors import InvalidRequestError
+from ._errors import InvalidRequestError, PromptSyntaxError, UnsupportedError
 from ._events import Accepted, Finished, Image, Preview, Progress, Timings, Usage
+from ._prompts import parse_prompts
 from ._types import (
     Blending,
     ClipGuidance,
@@ -110,15 +111,15 @@ def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:
     """The message of a request. What is None stays absent.
 
-    Raises InvalidRequestError with everything that does not fit the message, TypeError for an option that does not
-    exist or has the wrong type. Whether the values make sense is for the server to say.
+    Raises InvalidRequestError with everything that does not fit the message or cannot be read as prompts, TypeError for
+    an option that does not exist or has the wrong type. Whether the values make sense is for the server to say.
     """
     from sdapi.v1 import generation_pb2
 
     request = generation_pb2.GenerateRequest()
-    values: dict[str, Any] = {"prompts": _read_prompts(prompts), **options}
-    values.pop("timeout", None)
     violations: dict[str, str] = {}
+    values: dict[str, Any] = {"prompts": _read_prompts(prompts, violations), **options}
+    values.pop("timeout", None)
     for name, value in values.items():
         field = _fields_by_name(request).get(name)
         if field is None:
@@ -130,23 +131,34 @@ def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from error
     if violations:
-        message = "; ".join(f"{name}: {problem}" for name, problem in violations.items())
+        problems = [f"{name}: {problem}" for name, problem in violations.items()]
+        message = ("\n" if "\n" in "".join(problems) else "; ").join(problems)
         raise InvalidRequestError(message, code="INVALID_ARGUMENT", violations=violations)
     return request
 
 
-def _read_prompts(prompts: Prompts) -> list[Prompt]:
-    return [_read_prompt(item) for item in ([prompts] if isinstance(prompts, str | Prompt) else prompts)]
+def _read_prompts(prompts: Prompts, violations: dict[str, str]) -> list[Prompt]:
+    """The prompts; what cannot be read is put into the violations."""
+    read: list[Prompt] = []
+    for index, item in enumerate([prompts] if isinstance(prompts, str | Prompt) else prompts):
+        try:
+            read += _read_prompt(item)
+        except PromptSyntaxError as error:
+            violations["prompts" if item is prompts else f"prompts[{index}]"] = str(error)
+    if any(prompt.emphasis for prompt in read):
+        problem = r"emphasis inside a prompt, (trees:1.3), is not supported by this version; write \( for a bracket"
+        raise UnsupportedError(problem, code="UNIMPLEMENTED")
+    return read
 
 
-def _read_prompt(prompt: str | Prompt | tuple[str, float]) -> Prompt:
+def _read_prompt(prompt: str | Prompt | tuple[str, float]) -> tuple[Prompt, ...]:
     match prompt:
         case Prompt():
-            return prompt
+            return (prompt,)
         case str(text):
-            return Prompt(text)
+            return parse_prompts(text)
         case (str(text), weight):
-            return Prompt(text, weight)
+            return (Prompt(text, weight),)
     raise TypeError(f"a prompt is a str, a Prompt or a tuple (text, weight), not {prompt!r}")
 
 
@@ -167,7 +179,7 @@ def _to_field(field: FieldDescriptor, value: Any) -> Any:
 def _to_item(value: Any) -> Any:
     if not is_dataclass(value):
         return value
-    return {field.name: item for field in fields(value) if (item := getattr(value, field.name)) is not None}
+    return {field.name: item for field in fields(value) if (item := getattr(value, field.name)) not in (None, ())}
 
 
 def engines_request() -> ListEnginesRequest:

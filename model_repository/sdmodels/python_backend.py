@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,6 +42,8 @@ class BackendModel:
         # Several models share the cores. OpenMP's workers spin at the end of every operator, which makes a step up to
         # 50 times slower when anything else wants their core; asleep they cost it microseconds. Read when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # diffusers and open_clip import it where they find it. No model here needs it, and it takes a second to import.
+        sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
         import torch
 
         from sdmodels.weights import default_device
@@ -65,6 +68,11 @@ class BackendModel:
         ]
         answers = iter(run_together(self._run, inputs))
         return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
+
+    def finalize(self) -> None:
+        """Called by Triton when the model is unloaded."""
+        # There is nothing to save, and Python would take seconds to take torch apart.
+        os._exit(0)
 
     def _response(self, pb_utils: Any, answer: Arrays | Exception) -> Any:
         error = pb_utils.TritonError

@@ -34,7 +34,7 @@ class Tokenizer:
         self._longest_token = max(len(token) for token in self._bpe.encoder)
 
     def __call__(self, text: str, most: int) -> list[int]:
-        """The tokens of a text, without start and end; more than `most`, if not all and not its own, where it has more."""
+        """The tokens of a text without start and end. If it has more than `most`: more than `most`, of no meaning."""
         if len(self._bpe.cache) > REMEMBERED_WORDS:
             self._bpe = self._new()
         # A token stands for at most so many characters and the space before it.

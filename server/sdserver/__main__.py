@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import structlog
+from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from sdserver import logs
@@ -51,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv[0] = f"sdserver {command}"
     match command:
         case "up":
-            return _run(up, CliApp.run(UpSettings, cli_args=flags))
+            return _run(up, UpSettings, flags)
         case "serve":
-            return _run(serve, CliApp.run(ServeSettings, cli_args=flags))
+            return _run(serve, ServeSettings, flags)
         case "triton":
-            return _run(triton, CliApp.run(TritonSettings, cli_args=flags))
+            return _run(triton, TritonSettings, flags)
     print(USAGE, file=sys.stderr)
     return 2
 
@@ -109,7 +110,15 @@ def _triton(settings: TritonSettings) -> TritonProcess:
     )
 
 
-def _run(command: Callable[[S], Coroutine[None, None, None]], settings: S) -> int:
+def _run(command: Callable[[S], Coroutine[None, None, None]], settings_class: type[S], flags: list[str]) -> int:
+    try:
+        settings = CliApp.run(settings_class, cli_args=flags)
+    except ValidationError as error:
+        for problem in error.errors():
+            print(
+                f"sdserver {command.__name__}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr
+            )
+        return 2
     logs.configure(settings.log_level, settings.log_format)
     try:
         asyncio.run(_until_stopped(command(settings)))

@@ -54,8 +54,12 @@ class HealthMonitor:
         await asyncio.wait([self._task])
 
     def is_ready(self, engine: Engine) -> bool:
-        """Whether the engine's models answered at the last look."""
+        """Whether the engine's models answered at the last look, and nobody has doubted it since."""
         return self._ready[engine.id]
+
+    def doubt(self, engine: Engine) -> None:
+        """The engine's models did not answer just now: it counts as not ready until the next look."""
+        self._ready[engine.id] = False
 
     async def stop_serving(self) -> None:
         """Says NOT_SERVING from now on, so that nobody sends new requests."""

@@ -90,7 +90,7 @@ class Server:
             HealthMonitor(self.catalog, backend, settings.health_interval_seconds)
         )
         server = grpc.aio.server(interceptors=[StatusInterceptor()], options=OPTIONS)
-        service = GenerationService(self.catalog, pipeline, monitor.is_ready, settings.send_timeout_seconds)
+        service = GenerationService(self.catalog, pipeline, monitor, settings.send_timeout_seconds)
         add_GenerationServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)

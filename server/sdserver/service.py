@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
 import structlog
@@ -30,37 +30,52 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class GenerationService(GenerationServiceServicer):
-    """Generates images and lists engines. `is_ready` says whether an engine's models answer."""
+class Readiness(Protocol):
+    """What the service asks and tells about engines."""
 
-    def __init__(
-        self, catalog: Catalog, pipeline: Pipeline, is_ready: Callable[[Engine], bool], send_timeout_seconds: float
-    ) -> None:
+    def is_ready(self, engine: Engine) -> bool:
+        """Whether the engine's models answer, as far as is known."""
+        ...
+
+    def doubt(self, engine: Engine) -> None:
+        """The engine's models did not answer just now."""
+        ...
+
+
+class GenerationService(GenerationServiceServicer):
+    """Generates images and lists engines."""
+
+    def __init__(self, catalog: Catalog, pipeline: Pipeline, readiness: Readiness, send_timeout_seconds: float) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
-        self._is_ready = is_ready
+        self._readiness = readiness
         self._send_timeout_seconds = send_timeout_seconds
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         request_id = wire.request_id(message)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         request = wire.to_request(message, request_id, self._catalog)
-        if not self._is_ready(request.engine):
+        if not self._readiness.is_ready(request.engine):
             raise Unavailable(
                 f"engine {request.engine.id} is not ready: Triton cannot be reached or its models are loading; "
                 "retry later",
                 "ENGINE_NOT_READY",
                 engine=request.engine.id,
             )
-        async with aclosing(self._pipeline.generate(request)) as events:
-            async for event in events:
-                await self._send(event, context)
+        try:
+            async with aclosing(self._pipeline.generate(request)) as events:
+                async for event in events:
+                    await self._send(event, context)
+        except Unavailable as error:
+            if error.reason != "SERVER_STOPPING":
+                self._readiness.doubt(request.engine)
+            raise
 
     async def ListEngines(  # noqa: N802
         self, message: generation_pb2.ListEnginesRequest, context: Context
     ) -> generation_pb2.ListEnginesResponse:
         return generation_pb2.ListEnginesResponse(
-            engines=[wire.from_engine(engine, self._is_ready(engine)) for engine in self._catalog]
+            engines=[wire.from_engine(engine, self._readiness.is_ready(engine)) for engine in self._catalog]
         )
 
     async def _send(self, event: Event, context: Context) -> None:

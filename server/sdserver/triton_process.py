@@ -38,7 +38,9 @@ log = structlog.get_logger()
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.1
 CALL_SECONDS = 5.0
-EXIT_MARGIN_SECONDS = 5.0
+EXIT_MARGIN_SECONDS = 2.0
+UNLOAD_SECONDS = 5.0
+UNLOADING = "All models are stopped, unloading models"
 LOG_TAIL_LINES = 40
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -262,10 +264,14 @@ class TritonProcess:
             if process.returncode is None:
                 process.send_signal(how)
             # At exit_seconds Triton gives up by itself what is still in flight.
-            async with asyncio.timeout(self._exit_seconds + EXIT_MARGIN_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            log.warning("Triton does not stop and is killed", pid=process.pid)
+            deadline, unloading = time.monotonic() + self._exit_seconds + EXIT_MARGIN_SECONDS, False
+            while process.returncode is None and time.monotonic() < deadline:
+                if not unloading and UNLOADING in self._log():
+                    # All requests are answered. A model whose process was killed would be waited for in vain.
+                    deadline, unloading = min(deadline, time.monotonic() + UNLOAD_SECONDS), True
+                await asyncio.sleep(POLL_SECONDS)
+            if process.returncode is None:
+                log.warning("Triton does not stop and is killed", pid=process.pid)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

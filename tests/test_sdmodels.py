@@ -1,0 +1,303 @@
+"""The models give what open_clip and diffusers give for the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip import CLIP, SimpleTokenizer
+from safetensors.torch import load_file, save_file
+from sdmodels.batching import run_together
+from sdmodels.cores import physical_cores
+from sdmodels.errors import InvalidInput
+from sdmodels.text_encoder import TextEncoder
+from sdmodels.tokenizer import Tokenizer
+from sdmodels.unet import UNet
+from sdmodels.vae import VaeDecoder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENGINE = Path(__file__).parents[1] / "model_repository/engines/tiny-landscape"
+CONTEXT_LENGTH, WIDTH, SCALING_FACTOR = 77, 128, 0.50038
+PROMPTS = ["", "a valley in the Alps at sunset, epic vista", "palm trees | sea", "a lake"]
+
+rng = np.random.default_rng(5)
+
+
+def normal(*shape: int) -> NDArray[np.float32]:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def encode() -> TextEncoder:
+    return TextEncoder(ENGINE)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    return UNet(ENGINE)
+
+
+@pytest.fixture(scope="module")
+def decode() -> VaeDecoder:
+    return VaeDecoder(ENGINE)
+
+
+@pytest.fixture(scope="module")
+def reference_tokenizer() -> SimpleTokenizer:
+    """open_clip's tokenizer with the engine's vocabulary."""
+    return SimpleTokenizer(str(ENGINE / "clip/bpe_tiny.txt.gz"))
+
+
+@pytest.fixture(scope="module")
+def tokenize() -> Tokenizer:
+    return Tokenizer(ENGINE / "clip", {"vocab_size": 2356})
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, sdmodels, sdmodels.python_backend; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Text encoder
+
+
+@torch.inference_mode()
+def test_text_states_are_those_of_open_clips_penultimate_layer(
+    encode: TextEncoder, reference_tokenizer: SimpleTokenizer
+) -> None:
+    config = json.loads((ENGINE / "clip/open_clip_config.json").read_text())["model_cfg"]
+    clip = CLIP(**config).eval()
+    clip.load_state_dict(load_file(ENGINE / "clip/open_clip_model.safetensors"))
+    layers = config["text_cfg"]["layers"]
+    tokens = reference_tokenizer(PROMPTS, context_length=CONTEXT_LENGTH)
+    expected = clip.forward_intermediates(text=tokens, text_indices=[layers - 2], normalize_intermediates=True)
+
+    states, _ = encode(PROMPTS)
+
+    assert states.shape == (len(PROMPTS), CONTEXT_LENGTH, WIDTH)
+    assert states.dtype == np.float32
+    np.testing.assert_allclose(states, expected["text_intermediates"][0].numpy(), atol=2e-6)
+
+
+def test_the_states_of_a_text_do_not_depend_on_its_company(encode: TextEncoder) -> None:
+    together, _ = encode(PROMPTS)
+    for text, states in zip(PROMPTS, together, strict=True):
+        np.testing.assert_array_equal(encode([text])[0][0], states)
+
+
+def test_token_counts_leave_out_start_and_end(encode: TextEncoder) -> None:
+    _, counts = encode(["", "a lake", "a lake a lake", "a " * 75, "a " * 76])
+    assert counts.dtype == np.int32
+    assert counts.tolist() == [0, 2, 4, 75, 76]
+
+
+def test_a_text_of_the_greatest_length_keeps_its_last_word(encode: TextEncoder) -> None:
+    lake, sea = encode(["a " * 74 + "lake", "a " * 74 + "sea"])[0]
+    np.testing.assert_array_equal(lake[:75], sea[:75])
+    assert np.abs(lake[75] - sea[75]).max() > 0.1
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.text("ab \n&;<>", min_size=1, max_size=8).map(lambda text: text * 300))
+def test_tokens_are_open_clips_and_too_many_are_never_called_few(
+    tokenize: Tokenizer, reference_tokenizer: SimpleTokenizer, text: str
+) -> None:
+    expected = reference_tokenizer.encode(text)
+    tokens = tokenize(text, 75)
+    assert tokens == expected or (75 < len(tokens) <= len(expected))
+
+
+def test_an_endless_word_is_too_long_at_once(tokenize: Tokenizer) -> None:
+    # Tokenizing it would take hours.
+    assert len(tokenize("x" * 1_000_000, 75)) > 75
+
+
+def test_without_a_vocabulary_of_its_own_an_engine_has_open_clips(tmp_path: Path) -> None:
+    tokens = Tokenizer(tmp_path, {"vocab_size": 49408})("a lighthouse at dusk", 75)
+    assert tokens == SimpleTokenizer().encode("a lighthouse at dusk")
+
+
+def test_a_vocabulary_that_does_not_fit_the_text_tower_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"knows 2356 tokens and its tokenizer 49408"):
+        Tokenizer(tmp_path, {"vocab_size": 2356})
+
+
+# UNet
+
+
+def test_predictions_are_those_of_diffusers(unet: UNet) -> None:
+    reference = UNet2DConditionModel.from_pretrained(
+        ENGINE / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    latents, text_states = normal(3, 4, 16, 24), normal(3, CONTEXT_LENGTH, WIDTH)
+    timesteps = np.array([0, 320.5, 999], np.float32)
+    with torch.inference_mode():
+        inputs = (torch.from_numpy(array) for array in (latents, timesteps, text_states))
+        expected = reference(*inputs).sample.numpy()
+
+    prediction = unet(latents, timesteps, text_states)
+
+    assert prediction.dtype == np.float32
+    np.testing.assert_allclose(prediction, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 32)])
+def test_a_row_of_a_batch_is_what_it_is_alone(unet: UNet, height: int, width: int) -> None:
+    latents, text_states = normal(5, 4, height, width), normal(5, CONTEXT_LENGTH, WIDTH)
+    timesteps = np.array([999, 700, 400, 100, 0], np.float32)
+    together = unet(latents, timesteps, text_states)
+    for row in range(5):
+        alone = unet(latents[row : row + 1], timesteps[row : row + 1], text_states[row : row + 1])
+        np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-4)
+
+
+def test_rows_that_do_not_match_are_refused(unet: UNet) -> None:
+    with pytest.raises(InvalidInput, match="2 latents, 1 timesteps and 2 texts"):
+        unet(normal(2, 4, 16, 16), normal(1), normal(2, CONTEXT_LENGTH, WIDTH))
+
+
+# VAE
+
+
+@torch.inference_mode()
+def test_images_are_those_of_diffusers(decode: VaeDecoder) -> None:
+    reference = AutoencoderKL.from_pretrained(ENGINE / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    latents = normal(2, 4, 16, 24)
+    decoded = reference.decode(torch.from_numpy(latents) / reference.config.scaling_factor).sample
+    expected = [np.asarray(image) for image in VaeImageProcessor().postprocess(decoded)]
+
+    images = decode(latents)
+
+    assert images.shape == (2, 128, 192, 3)
+    assert images.dtype == np.uint8
+    # Another order of summation may round a value the other way.
+    difference = np.abs(images.astype(int) - np.stack(expected))
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3
+
+
+def test_an_image_does_not_depend_on_its_company(decode: VaeDecoder) -> None:
+    latents = normal(3, 4, 16, 16)
+    together = decode(latents)
+    for row in range(3):
+        np.testing.assert_array_equal(decode(latents[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_latents_that_are_no_numbers_are_refused(decode: VaeDecoder, value: float) -> None:
+    latents = normal(2, 4, 16, 16)
+    latents[1, 0, 3, 5] = value
+    with pytest.raises(InvalidInput, match="NaN or infinity"):
+        decode(latents)
+
+
+def test_latents_that_decode_to_no_numbers_are_refused(decode: VaeDecoder) -> None:
+    with pytest.raises(InvalidInput, match="decode to NaN or infinity"):
+        decode(np.full((1, 4, 16, 16), 3e38, np.float32))
+
+
+def test_a_vae_with_the_old_names_of_attention_is_read(decode: VaeDecoder, tmp_path: Path) -> None:
+    shutil.copytree(ENGINE / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights: dict[str, Any] = {}
+    for name, weight in load_file(path).items():
+        for new, old in old_names.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        weights[name] = weight
+    assert weights.keys() != load_file(path).keys()
+    save_file(weights, path)
+
+    latents = normal(1, 4, 16, 16)
+    np.testing.assert_array_equal(VaeDecoder(tmp_path)(latents), decode(latents))
+
+
+# What serves them
+
+
+def doubled_unless_negative(x: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    if (x < 0).any():
+        raise ValueError("negative")
+    return 2 * x, x.sum(axis=1)
+
+
+def test_requests_run_together_and_get_what_they_get_alone() -> None:
+    calls = []
+
+    def run(x: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        calls.append(len(x))
+        return doubled_unless_negative(x)
+
+    requests = [(np.full((rows, 2), rows),) for rows in (1, 3, 2)]
+    answers = run_together(run, requests)
+    assert calls == [6]
+    for request, answer in zip(requests, answers, strict=True):
+        assert isinstance(answer, tuple)
+        for array, alone in zip(answer, doubled_unless_negative(*request), strict=True):
+            np.testing.assert_array_equal(array, alone)
+
+
+def test_a_request_at_fault_gets_its_error_and_the_others_their_answers() -> None:
+    good, bad = (np.ones((1, 2)),), (-np.ones((2, 2)),)
+    first, second, third = run_together(doubled_unless_negative, [good, bad, good])
+    assert isinstance(second, ValueError)
+    for answer in (first, third):
+        assert isinstance(answer, tuple)
+        np.testing.assert_array_equal(answer[0], [[2, 2]])
+
+
+def test_no_requests_need_no_run() -> None:
+    assert run_together(doubled_unless_negative, []) == []
+
+
+def write_machine(system: Path, threads_per_core: int) -> int:
+    """A /sys with this process's CPUs as hyper-threads of cores; returns how many cores that makes."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        cores.add(cpu // threads_per_core)
+        topology = system / f"devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"core {cpu // threads_per_core}\n")
+    return len(cores)
+
+
+@pytest.mark.parametrize("threads_per_core", [1, 2])
+def test_hyper_threads_are_no_cores(tmp_path: Path, threads_per_core: int) -> None:
+    cores = write_machine(tmp_path, threads_per_core)
+    assert physical_cores(tmp_path) == cores
+
+
+def test_a_machine_that_does_not_tell_has_no_hyper_threads(tmp_path: Path) -> None:
+    assert physical_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+    ],
+)
+def test_a_containers_limit_is_respected(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    cores = write_machine(tmp_path, 1)
+    for name, text in files.items():
+        path = tmp_path / "fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert physical_cores(tmp_path) == (cores if limit is None else limit)
