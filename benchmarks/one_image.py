@@ -39,8 +39,8 @@ def diffusers_pipeline(engine: Engine, folder: Path, steps: int) -> Callable[[],
 
     schedule = engine.noise_schedule
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae"),
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        vae=AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False),
         text_encoder=None,
         tokenizer=None,
         scheduler=DDIMScheduler(
@@ -52,6 +52,7 @@ def diffusers_pipeline(engine: Engine, folder: Path, steps: int) -> Callable[[],
             timestep_spacing=schedule.timestep_spacing,
             clip_sample=False,
             set_alpha_to_one=True,
+            steps_offset=schedule.steps_offset,
         ),
         safety_checker=None,
         feature_extractor=None,

@@ -16,7 +16,7 @@ from PIL import ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sdclient import Client, Image, Prompt, UnavailableError
+from sdclient import Client, DeadlineExceededError, Image, Prompt, UnavailableError
 from sdclient import Progress as Step
 from sdserver.triton_process import why_not
 
@@ -100,7 +100,7 @@ def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path
         try:
             if any(engine.ready for engine in client.engines(timeout=5)):
                 return
-        except UnavailableError:
+        except (UnavailableError, DeadlineExceededError):
             pass
         time.sleep(0.2)
     lines = log.read_text(errors="replace").splitlines()

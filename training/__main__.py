@@ -19,7 +19,7 @@ from dataclasses import dataclass
 class Budgets:
     """Core-minutes of each trained stage."""
 
-    vae: float = 30
+    vae: float = 18
     clip: float = 22
     unet: float = 600
     decoder: float = 60
