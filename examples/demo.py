@@ -121,8 +121,8 @@ def write_contact_sheet(path: Path, files: list[Path]) -> None:
     margin, caption = 8, 20
     pictures = []
     for file in files:
-        with Pillow.open(file) as picture:
-            pictures.append(picture.convert("RGB").resize((picture.width * 2, picture.height * 2)))
+        with Pillow.open(file) as opened:
+            pictures.append(opened.convert("RGB").resize((opened.width * 2, opened.height * 2)))
     first, left, right = pictures
     second_row = first.height + caption + 2 * margin
     places = [(margin, margin), (margin, second_row), (left.width + 2 * margin, second_row)]

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
+from sdmodels.python_backend import BackendModel
 from sdmodels.text_encoder import TextEncoder
 from sdmodels.tokenizer import Tokenizer
 from sdmodels.unet import UNet
@@ -262,6 +265,93 @@ def test_a_request_at_fault_gets_its_error_and_the_others_their_answers() -> Non
 
 def test_no_requests_need_no_run() -> None:
     assert run_together(doubled_unless_negative, []) == []
+
+
+class TritonError(Exception):
+    """`pb_utils.TritonError`, and with the two classes below all of `pb_utils` that the models use to answer."""
+
+    CANCELLED, INVALID_ARG, INTERNAL = "cancelled", "invalid argument", "internal"
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.message, self.code = message, code
+
+
+@dataclass
+class Tensor:
+    name: str
+    array: NDArray[Any]
+
+    def as_numpy(self) -> NDArray[Any]:
+        return self.array
+
+
+@dataclass
+class Response:
+    tensors: list[Tensor] = field(default_factory=list)
+    error: TritonError | None = None
+
+
+@dataclass
+class Request:
+    x: NDArray[Any]
+    cancelled: bool = False
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes `pb_utils` importable, as it is in Triton only; what models log comes here."""
+    lines: list[str] = []
+    pb_utils = ModuleType("triton_python_backend_utils")
+    pb_utils.__dict__.update(
+        TritonError=TritonError,
+        Tensor=Tensor,
+        InferenceResponse=Response,
+        Logger=SimpleNamespace(log_error=lines.append),
+        get_input_tensor_by_name=lambda request, name: Tensor(name, getattr(request, name)),
+    )
+    monkeypatch.setitem(sys.modules, pb_utils.__name__, pb_utils)
+    return lines
+
+
+class Doubling(BackendModel):
+    inputs = ("x",)
+    outputs = ("y",)
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def run(self, x: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        self.rows.append(len(x))
+        if (x == 13).any():
+            raise RuntimeError("/secret/path")
+        if (x < 0).any():
+            raise InvalidInput("x is negative")
+        return (2 * x,)
+
+
+def test_requests_are_answered_in_their_order_and_cancelled_ones_are_not_run(log: list[str]) -> None:
+    model = Doubling()
+    first, second, third = model.execute(
+        [Request(np.ones(1)), Request(np.ones(5), cancelled=True), Request(np.ones(2))]
+    )
+    assert model.rows == [3]
+    assert [tensor.name for tensor in first.tensors] == ["y"]
+    assert (first.tensors[0].array.tolist(), third.tensors[0].array.tolist()) == ([2], [2, 2])
+    assert second.error.code == TritonError.CANCELLED
+    assert log == []
+
+
+def test_callers_learn_what_they_did_wrong_and_the_log_what_the_model_did(log: list[str]) -> None:
+    invalid, failed = Doubling().execute([Request(-np.ones(1)), Request(np.full(1, 13))])
+    assert (invalid.error.code, invalid.error.message) == (TritonError.INVALID_ARG, "x is negative")
+    assert failed.error.code == TritonError.INTERNAL
+    assert "secret" not in failed.error.message
+    assert len(log) == 1
+    assert "/secret/path" in log[0]
 
 
 def write_machine(system: Path, threads_per_core: int) -> int:

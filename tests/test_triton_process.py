@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -258,7 +259,7 @@ async def test_a_killed_triton_is_noticed_and_leaves_nothing(repository: Path) -
 
 
 @needs_triton
-async def test_triton_ends_when_the_process_that_started_it_is_killed(repository: Path) -> None:
+async def test_triton_ends_when_the_process_that_started_it_is_killed(repository: Path, tmp_path: Path) -> None:
     code = f"""
 import asyncio, pathlib
 from sdserver.triton_process import TritonProcess
@@ -270,7 +271,11 @@ async def main():
 asyncio.run(main())
 """
     parent = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        *(sys.executable, "-c", code),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        # Killed, it cannot remove its folder.
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     assert parent.stdout is not None
     async for line in parent.stdout:

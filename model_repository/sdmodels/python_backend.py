@@ -32,6 +32,7 @@ class BackendModel:
 
     inputs: ClassVar[tuple[str, ...]]
     outputs: ClassVar[tuple[str, ...]]
+    run: Callable[..., Arrays]
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
@@ -53,7 +54,7 @@ class BackendModel:
         torch.set_num_threads(int(parameters["threads"]) if "threads" in parameters else physical_cores())
         # Triton hands over the model's own folder, which lies in the repository.
         engine_folder = Path(args["model_repository"]).parent / parameters["engine"]
-        self._run = self.load(engine_folder, default_device())
+        self.run = self.load(engine_folder, default_device())
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
@@ -66,7 +67,7 @@ class BackendModel:
             for request, gone in zip(requests, cancelled, strict=True)
             if not gone
         ]
-        answers = iter(run_together(self._run, inputs))
+        answers = iter(run_together(self.run, inputs))
         return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
 
     def finalize(self) -> None:

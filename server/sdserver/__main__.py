@@ -107,6 +107,7 @@ def _triton(settings: TritonSettings) -> TritonProcess:
         http_port=settings.triton_http_port,
         metrics_port=settings.triton_metrics_port,
         start_seconds=settings.triton_start_seconds,
+        executable=settings.triton_executable,
     )
 
 

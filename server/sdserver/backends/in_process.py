@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -64,6 +65,8 @@ class InProcessBackend:
 
     def _load(self, engine: Engine, folder: Path) -> None:
         try:
+            # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.text_encoder import TextEncoder
             from sdmodels.unet import UNet
