@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812  # torch's own habit
 from training import clip, latents, tokenizer, vae
 from training.captions import caption
 from training.common import Ema, Run, learning_rate, pid_file, train_dir
+from training.optim import Muon
 from training.world import FORMATS
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 CHANNELS, HEADS = (64, 128, 192), (2, 4, 6)
 BATCH_TOKENS = 32 * 16 * 16
 SQUARE_SHARE = 0.7
+MATRIX_RATE, RATE = 2e-3, 7e-4
 BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.012, 1000
 
 _Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -132,12 +134,12 @@ def load_trained() -> UNet2DConditionModel:
     return model.eval().requires_grad_(False)
 
 
-def train(core_minutes: float, *, threads: int = 2, seed: int = 2, peak: float = 7e-4) -> None:
+def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
     """Train until the stage's budget is spent, resuming from its checkpoint."""
     run = Run("unet", core_minutes * 60)
     torch.manual_seed(seed)
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Muon(model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01)
     ema = Ema(model, 0.9992)
     seen = 0
     state: dict[str, Any] | None = run.resume()
@@ -148,10 +150,9 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2, peak: float =
         seen = state["seen"]
     replicas, batches = Replicas(model, threads), Batches(seed, run.step)
     for progress in run.steps():
-        for group in optimizer.param_groups:
-            # 3 core-minutes of warm-up, whatever the budget
-            warm = min(0.02, 180 / run.core_seconds)
-            group["lr"] = learning_rate(peak, progress, warm=warm, decay_from=0.6)
+        # 3 core-minutes of warm-up, whatever the budget
+        warm = min(0.02, 180 / run.core_seconds)
+        optimizer.set_progress(learning_rate(1, progress, warm=warm, decay_from=0.6))
         batch = batches.batch()
         loss = replicas.gradients(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
