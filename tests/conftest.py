@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from typing import TYPE_CHECKING
 
 # Before anything imports torch: its threads would otherwise spin at each barrier and starve Triton of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell that starts the tests in the background makes them, and what they start, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import grpc
 import pytest
@@ -14,7 +17,7 @@ from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdserver.engines import Catalog, load_catalog
 from sdserver.server import Server
 from sdserver.settings import ServeSettings
-from sdserver.triton_process import TritonProcess
+from sdserver.triton_process import TritonProcess, why_not
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -54,6 +57,8 @@ async def stub(server: Server) -> AsyncIterator[GenerationServiceAsyncStub]:
 @pytest.fixture(scope="session")
 def triton(settings: ServeSettings, catalog: Catalog) -> Iterator[TritonProcess]:
     """A real Triton with the shipped engine, for the whole session."""
+    if reason := why_not():
+        pytest.skip(reason)
     models = [model for engine in catalog for model in engine.models]
     process = TritonProcess(settings.model_repository, models, grpc_port=0, http_port=0, metrics_port=0)
     with asyncio.Runner() as runner:

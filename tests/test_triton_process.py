@@ -76,8 +76,8 @@ async def echo(client: InferenceServerClient, seconds: float = 0) -> float:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """`echo`, `slow`, which takes ten seconds to load, and `broken`, which cannot be loaded."""
-    initializations = {"echo": "pass", "slow": "time.sleep(10)", "broken": "raise RuntimeError('no weights here')"}
+    """`echo`, `slow`, which takes a minute to load, and `broken`, which cannot be loaded."""
+    initializations = {"echo": "pass", "slow": "time.sleep(60)", "broken": "raise RuntimeError('no weights here')"}
     for name, initialize in initializations.items():
         folder = tmp_path / "repository" / name
         (folder / "1").mkdir(parents=True)
@@ -113,7 +113,8 @@ async def traces_of_loading(triton: TritonProcess) -> Traces:
     """The traces of a Triton that is being entered, once it has a process for its model."""
     async with asyncio.timeout(30):
         while True:
-            with contextlib.suppress(TritonProcessError):
+            # A process may end between being listed and being looked at.
+            with contextlib.suppress(TritonProcessError, psutil.NoSuchProcess):
                 traces = Traces(triton)
                 if traces.regions:
                     return traces
@@ -141,12 +142,25 @@ async def client_of(triton: TritonProcess) -> AsyncIterator[InferenceServerClien
 
 
 async def test_the_text_encoder_answers_as_without_triton(client: InferenceServerClient) -> None:
-    texts = ["a lake at dusk", "", "Bäume, 木 und Sterne"]
-    encoded = np.array([[text.encode()] for text in texts], object)
-    states, counts = TextEncoder(ENGINE_FOLDER)(texts)
-    model = f"{ENGINE}.text_encoder"
-    np.testing.assert_allclose(await infer(client, model, "text_states", text=encoded), states, atol=2e-6)
-    np.testing.assert_array_equal(await infer(client, model, "token_count", text=encoded), counts[:, None])
+    encode = TextEncoder(ENGINE_FOLDER)
+    texts: list[tuple[str, list[tuple[int, int, float]]]] = [
+        ("a lake at dusk", []),
+        ("", []),
+        ("Bäume, 木 und Sterne", [(0, 5, 1.5), (7, 8, 0.0)]),
+        ("trees, " * 60, [(0, 2, 3.0)]),
+    ]
+    for text, emphasis in texts:
+        inputs = {
+            "text": np.array([[text.encode()]], object),
+            "emphasis_range": np.array([part[:2] for part in emphasis], np.int32).reshape(1, -1, 2),
+            "emphasis_factor": np.array([[factor for *_, factor in emphasis]], np.float32),
+        }
+        states, tokens, chunks = encode(text, emphasis)
+        model = f"{ENGINE}.text_encoder"
+        answer = await infer(client, model, "text_states", **inputs)
+        np.testing.assert_allclose(answer, states[None], atol=5e-6)
+        assert (await infer(client, model, "token_count", **inputs)).tolist() == [[tokens]]
+        assert (await infer(client, model, "chunk_count", **inputs)).tolist() == [[chunks]]
 
 
 async def test_the_unet_answers_as_without_triton(client: InferenceServerClient) -> None:
@@ -184,7 +198,14 @@ async def test_a_bad_request_is_named_and_hurts_no_other(client: InferenceServer
 
 async def test_text_that_is_no_utf8_is_refused(client: InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="not valid UTF-8"):
-        await infer(client, f"{ENGINE}.text_encoder", "text_states", text=np.array([[b"a lake"], [b"\xff"]], object))
+        await infer(
+            client,
+            f"{ENGINE}.text_encoder",
+            "text_states",
+            text=np.array([[b"\xff"]], object),
+            emphasis_range=np.zeros((1, 0, 2), np.int32),
+            emphasis_factor=np.zeros((1, 0), np.float32),
+        )
 
 
 async def test_rows_that_wait_for_the_unet_run_together(client: InferenceServerClient) -> None:
@@ -318,10 +339,10 @@ async def test_an_unknown_model_is_named(repository: Path) -> None:
 
 @needs_triton
 async def test_a_start_that_takes_too_long_is_given_up(repository: Path) -> None:
-    triton = echo_triton(repository, "slow", start_seconds=2)
+    triton = echo_triton(repository, "slow", start_seconds=6)
     start = asyncio.create_task(triton.__aenter__())
     traces = await traces_of_loading(triton)
-    with pytest.raises(TritonProcessError, match="not ready after 2 s"):
+    with pytest.raises(TritonProcessError, match="not ready after 6 s"):
         await start
     assert traces.left() == []
 
