@@ -62,10 +62,10 @@ def diffusers_pipeline(engine: Engine, folder: Path, steps: int) -> Callable[[],
     encoder = TextEncoder(folder)
 
     def generate() -> None:
-        states, _ = encoder(["", PROMPT])
+        empty, prompt = (torch.from_numpy(encoder(text)[0])[None] for text in ("", PROMPT))
         pipeline(
-            prompt_embeds=torch.from_numpy(states[1:]),
-            negative_prompt_embeds=torch.from_numpy(states[:1]),
+            prompt_embeds=prompt,
+            negative_prompt_embeds=empty,
             width=engine.native_width,
             height=engine.native_height,
             num_inference_steps=steps,

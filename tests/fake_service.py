@@ -34,12 +34,19 @@ ENGINE = engine_pb2.Engine(
     native_width=384,
     native_height=128,
     limits=engine_pb2.EngineLimits(
-        min_size=16, max_size=1024, max_pixels=1 << 20, size_multiple=32, max_steps=100, max_image_count=16
+        min_size=16,
+        max_size=1024,
+        max_pixels=1 << 20,
+        size_multiple=32,
+        max_steps=100,
+        max_image_count=16,
+        max_prompt_chunks=16,
     ),
     defaults=engine_pb2.EngineDefaults(
         width=384, height=128, steps=20, guidance_scale=7.1, sampler="SAMPLER_DPMPP_2M", schedule="SCHEDULE_KARRAS"
     ),
     samplers=["SAMPLER_EULER", "SAMPLER_DPMPP_2M"],
+    churn_samplers=["SAMPLER_EULER"],
     schedules=["SCHEDULE_KARRAS"],
     media_types=["image/png", "image/webp"],
     license=engine_pb2.License(name="Apache-2.0", use_restrictions="None."),
@@ -50,8 +57,18 @@ def accepted(
     request: generation_pb2.GenerateRequest | None = None, queue_position: int = 0
 ) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(
-        accepted=generation_pb2.Accepted(request=request, queue_position=queue_position)
+        accepted=generation_pb2.Accepted(
+            request=request,
+            queue_position=queue_position,
+            prompt_usage=[_usage(prompt) for prompt in request.prompts] if request else [],
+        )
     )
+
+
+def _usage(prompt: generation_pb2.Prompt) -> generation_pb2.PromptUsage:
+    """As if words were tokens."""
+    tokens = len(prompt.text.split())
+    return generation_pb2.PromptUsage(tokens=tokens, chunks=-(-tokens // 75))
 
 
 def progress(step: int, steps: int) -> generation_pb2.GenerateResponse:

@@ -8,23 +8,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from sdserver.backends import EncodedText
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Floats, Pixels
     from sdserver.engines import Engine
+    from sdserver.request import Emphasis
+
+WORDS_A_CHUNK = 75
 
 
 @dataclass
 class FakeBackend:
     """An ideal denoiser of single points: a text means one latent value, `mean_of(text)`, and x0 is always that.
 
-    Text states hold that value, so that blended states mean blended values. `delay` seconds pass in each UNet call.
+    Text states hold that value, times the mean factor of the text's characters, so that blended states mean blended
+    values. Words are tokens. `delay` seconds pass in each UNet call, `encode_delay` in each of the text encoder.
     `error` is raised by every call while it is set.
     """
 
     delay: float = 0.0
+    encode_delay: float = 0.0
     error: Exception | None = None
     ready: bool = True
     not_finite: bool = False
@@ -43,12 +47,17 @@ class FakeBackend:
     def calls(self) -> int:
         return len(self.texts) + len(self.batches) + self.decoded
 
-    async def encode_text(self, engine: Engine, texts: Sequence[str]) -> tuple[Floats, Integers]:
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
         self._fail()
-        self.texts += texts
-        shape = engine.text_encoder.context_length, engine.text_encoder.width
-        states = np.stack([np.full(shape, self.mean_of(text), np.float32) for text in texts])
-        return states, np.array([len(text.split()) for text in texts], np.int32)
+        self.texts.append(text)
+        await asyncio.sleep(self.encode_delay)
+        tokens = len(text.split())
+        chunks = max(1, -(-tokens // WORDS_A_CHUNK))
+        factors = np.ones(max(len(text), 1))
+        for part in emphasis:
+            factors[part.start : part.end] = part.factor
+        shape = chunks * engine.text_encoder.context_length, engine.text_encoder.width
+        return EncodedText(np.full(shape, self.mean_of(text) * factors.mean(), np.float32), tokens, chunks)
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         self._fail()

@@ -36,12 +36,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def images(request: GenerateRequest, call: Call) -> Responses:
-    """As many images as asked for, from seed 40 on."""
+    """As many images as asked for, with their seeds, or from seed 40 on."""
     yield accepted(request, queue_position=2)
     for step in range(5):
         yield progress(step, 4)
-    for index in range(request.image_count if request.HasField("image_count") else 1):
-        yield image(index, seed=40 + index, data=b"image %d" % index)
+    count = request.image_count if request.HasField("image_count") else 1
+    for index, seed in enumerate(request.seeds or range(40, 40 + count)):
+        yield image(index, seed=seed, data=b"image %d" % index)
     yield finished()
 
 
@@ -72,6 +73,23 @@ def test_an_image_is_written_and_told(folder: Path, capsys: pytest.CaptureFixtur
 def test_several_images_have_several_names(folder: Path, output: str, names: set[str]) -> None:
     generate("a lake", "-n", "2", "-o", output)
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_each_image_can_have_its_own_seed_and_name(folder: Path) -> None:
+    request = generate("a lake", "--seeds", "7,0", "-o", "lake-{seed}.png")
+    assert (list(request["seeds"]), "image_count" in request) == ([7, 0], False)
+    assert {path.name for path in folder.iterdir()} == {"lake-7.png", "lake-0.png"}
+    generate("a lake", "--seeds", "7,0", "-o", "boat.png")
+    assert {path.name for path in folder.glob("boat*")} == {"boat-0.png", "boat-1.png"}
+
+
+def test_noise_and_rescale_are_options_of_which_0_is_a_value() -> None:
+    request = generate("a lake", "--eta", "0", "--churn", "2.5", "--guidance-rescale", "0.75")
+    assert {name: request[name] for name in ("eta", "churn", "guidance_rescale")} == {
+        "eta": 0,
+        "churn": 2.5,
+        "guidance_rescale": 0.75,
+    }
 
 
 def test_what_is_not_said_is_not_sent() -> None:
@@ -123,6 +141,7 @@ def test_the_suffix_chooses_the_format(output: str, media_type: str) -> None:
         (["generate", "a lake", "-o", "no/lake.png"], "there is no folder no"),
         (["generate", "a lake", "--sampler", "eulr"], "invalid choice: 'eulr'"),
         (["generate", "a lake", "-S", "many"], "invalid int value: 'many'"),
+        (["generate", "a lake", "--seeds", "1,x"], "1,x is no list of whole numbers such as 7,0,42"),
     ],
 )
 def test_wrong_usage_is_refused_before_any_call(
@@ -182,8 +201,16 @@ def test_json_reports_the_images_and_the_resolved_request(capsys: pytest.Capture
     assert report["options"]["guidance_scale"] == 7.1
     assert report["options"]["output"] == {"media_type": "image/png", "quality": None}
     assert report["prompts"][-1] == {"text": "trees", "weight": -1.0, "emphasis": []}
+    assert report["prompt_usage"] == [{"tokens": tokens, "chunks": 1} for tokens in (2, 1, 1)]
     assert report["timings"]["total"] == 1.5
     assert report["usage"]["unet_rows"] == 40
+
+
+def test_only_a_prompt_of_several_chunks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    generate("a lake", "trees " * 100)
+    assert "prompt 2: 100 tokens in 2 chunks" in capsys.readouterr().err
+    generate("a lake")
+    assert "chunk" not in capsys.readouterr().err
 
 
 def test_engines_are_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

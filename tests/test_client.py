@@ -94,6 +94,7 @@ def test_engines_are_typed(connect: Callable[..., AnyClient]) -> None:
     assert engine.limits.size_multiple == 32
     assert (engine.defaults.sampler, engine.defaults.guidance_scale) == ("dpmpp_2m", 7.1)
     assert engine.samplers == ("euler", "dpmpp_2m")
+    assert (engine.eta_samplers, engine.churn_samplers) == ((), ("euler",))
     assert engine.media_types == ("image/png", "image/webp")
     assert engine.license.name == "Apache-2.0"
 

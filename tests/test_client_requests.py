@@ -14,6 +14,7 @@ from sdclient import (
     Blending,
     Client,
     ClipGuidance,
+    Emphasis,
     GenerateOptions,
     GuidanceInterval,
     InitImage,
@@ -22,6 +23,7 @@ from sdclient import (
     Output,
     PreviewOptions,
     Prompt,
+    PromptUsage,
     Sampler,
     Schedule,
 )
@@ -38,7 +40,11 @@ EVERYTHING: GenerateOptions = {
     "sampler": "dpmpp_2m_sde",
     "schedule": "karras",
     "seed": 2**63 - 1,
+    "seeds": (5, 0, 2**63 - 1),
     "image_count": 3,
+    "eta": 0.3,
+    "churn": 2.5,
+    "guidance_rescale": 0.7,
     "guidance_scale": 7.1,
     "guidance_interval": GuidanceInterval(0.1, 0.9),
     "blending": "composable",
@@ -133,9 +139,17 @@ def test_every_value_of_the_contracts_enums_has_its_name(names: Any, enum: Any) 
 
 
 def test_the_resolved_request_is_what_generate_takes() -> None:
-    prompts = (Prompt("a lake", 1.0), Prompt("trees", -0.3))
+    prompts = (Prompt("a lake", 1.0, (Emphasis(0, 1, 0.0), Emphasis(2, 6, 1.3))), Prompt("trees", -0.3))
     resolved = read_back(to_request(prompts, {**EVERYTHING, "request_id": "r1"}))
     assert resolved == Accepted("r1", prompts, EVERYTHING, queue_position=0)
+
+
+def test_accepted_says_how_long_each_prompt_is() -> None:
+    usages = [generation_pb2.PromptUsage(tokens=3, chunks=1), generation_pb2.PromptUsage(tokens=80, chunks=2)]
+    message = generation_pb2.GenerateResponse(accepted=generation_pb2.Accepted(prompt_usage=usages))
+    event = to_event(message)
+    assert isinstance(event, Accepted)
+    assert event.prompt_usage == (PromptUsage(3, 1), PromptUsage(80, 2))
 
 
 @pytest.mark.parametrize("connect", [Client, BlockingTwin], ids=["sync", "async"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 from collections.abc import Awaitable, Callable
@@ -62,8 +63,13 @@ async def model_calls(which: str, contract_settings: ServeSettings, backend: Fak
         return backend.calls
 
     async def of_triton() -> int:
-        statistics = await triton.get_inference_statistics()
-        return sum(int(model.inference_count) for model in statistics.model_stats)
+        # Triton counts a call a moment after it has answered.
+        previous, count = -1, 0
+        while count != previous:
+            await asyncio.sleep(0.05)
+            statistics = await triton.get_inference_statistics()
+            previous, count = count, sum(int(model.inference_count) for model in statistics.model_stats)
+        return count
 
     if which == "fake":
         yield of_fake
@@ -94,7 +100,11 @@ async def test_events_come_in_order_and_say_what_was_decided(stub: GenerationSer
 
 
 async def test_the_resolved_request_reproduces_the_images(stub: GenerationServiceAsyncStub) -> None:
-    first = await events_of(stub, a_request(image_count=2, sampler=sampling_pb2.SAMPLER_EULER_ANCESTRAL))
+    prompts = [{"text": TEXT, "emphasis": [{"start": 2, "end": 6, "factor": 1.3}]}, {"text": "trees", "weight": -0.5}]
+    first = await events_of(
+        stub, a_request(prompts=prompts, image_count=2, sampler=sampling_pb2.SAMPLER_EULER_ANCESTRAL)
+    )
+    assert [len(prompt.emphasis) for prompt in first[0].accepted.request.prompts] == [1, 0]
     again = await events_of(stub, first[0].accepted.request)
     assert images_of(first) == images_of(again)
     assert len(images_of(first)) == 2
@@ -104,6 +114,37 @@ async def test_the_resolved_request_reproduces_the_images(stub: GenerationServic
 async def test_seed_zero_is_a_seed_and_images_count_up_from_it(stub: GenerationServiceAsyncStub) -> None:
     events = await events_of(stub, a_request(seed=0, image_count=3))
     assert [(image.index, image.seed) for image in images_of(events)] == [(0, 0), (1, 1), (2, 2)]
+
+
+async def test_every_image_can_have_its_own_seed(stub: GenerationServiceAsyncStub) -> None:
+    alone = [images_of(await events_of(stub, a_request(seed=seed)))[0] for seed in (9, 0)]
+    events = await events_of(stub, a_request(seeds=[9, 0, 9]))
+    assert [(image.index, image.seed) for image in images_of(events)] == [(0, 9), (1, 0), (2, 9)]
+    assert [image.data for image in images_of(events)] == [alone[0].data, alone[1].data, alone[0].data]
+    resolved = events[0].accepted.request
+    assert (list(resolved.seeds), resolved.image_count, resolved.HasField("seed")) == ([9, 0, 9], 3, False)
+    again = await events_of(stub, resolved)
+    assert images_of(again) == images_of(events)
+    assert again[0].accepted.request == resolved
+
+
+async def test_seeds_that_count_up_are_resolved_to_the_first(stub: GenerationServiceAsyncStub) -> None:
+    resolved = (await events_of(stub, a_request(seeds=[0, 1], image_count=2)))[0].accepted.request
+    assert (resolved.HasField("seed"), resolved.seed, resolved.image_count) == (True, 0, 2)
+    assert not resolved.seeds
+
+
+@pytest.mark.parametrize(
+    ("sampler", "option", "default"), [("DDIM", "eta", 0.0), ("EULER_ANCESTRAL", "eta", 1.0), ("HEUN", "churn", 0.0)]
+)
+async def test_eta_and_churn_are_resolved_where_the_sampler_has_them(
+    stub: GenerationServiceAsyncStub, sampler: str, option: str, default: float
+) -> None:
+    unset = await events_of(stub, a_request(seed=5, sampler=f"SAMPLER_{sampler}"))
+    resolved = {field.name: value for field, value in unset[0].accepted.request.ListFields()}
+    assert {name: resolved[name] for name in ("eta", "churn") if name in resolved} == {option: default}
+    same = await events_of(stub, a_request(seed=5, sampler=f"SAMPLER_{sampler}", **{option: default}))
+    assert images_of(same) == images_of(unset)
 
 
 async def test_sizes_that_are_no_multiple_are_generated_larger_and_cropped(stub: GenerationServiceAsyncStub) -> None:
@@ -125,12 +166,20 @@ async def test_without_guidance_an_image_costs_one_row_a_step(stub: GenerationSe
     for fields, rows in (
         ({"guidance_scale": 1.0}, 4),
         ({"guidance_scale": 0.0}, 4),
+        ({"guidance_scale": 1.0, "guidance_rescale": 0.7}, 4),
+        ({"guidance_scale": 0.0, "guidance_rescale": 0.7}, 8),
         ({"guidance_interval": {"start": 0.5}}, 6),
+        ({"guidance_interval": {"start": 0.5}, "guidance_rescale": 0.7}, 6),
         ({"guidance_interval": {"end": 0.25}}, 5),
         ({"blending": "BLENDING_COMPOSABLE", "prompts": [{"text": "a"}, {"text": "b"}]}, 12),
     ):
         events = await events_of(stub, a_request(**fields))
         assert events[-1].finished.usage.unet_rows == rows, fields
+
+
+def emphasis_on(text: str, *parts: tuple[int, int, float]) -> dict[str, Any]:
+    emphasis = [{"start": start, "end": end, "factor": factor} for start, end, factor in parts]
+    return {"prompts": [{"text": text, "emphasis": emphasis}]}
 
 
 BAD: list[tuple[dict[str, Any], set[str]]] = [
@@ -141,6 +190,15 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
     ({"prompts": [{"text": "x" * 10_001}]}, {"prompts[0].text"}),
     ({"prompts": [{"text": "x", "weight": NAN}]}, {"prompts[0].weight"}),
     ({"prompts": [{"text": "x", "weight": 10.5}]}, {"prompts[0].weight"}),
+    ({"prompts": [{"text": "x", "emphasis": [{"start": 0, "end": 1}]}]}, {"prompts[0].emphasis[0].factor"}),
+    (emphasis_on("ab", (0, 1, 1), (0, 3, 1)), {"prompts[0].emphasis[1].start", "prompts[0].emphasis[1].end"}),
+    (emphasis_on("ab", (0, 2, 1), (1, 2, 1)), {"prompts[0].emphasis[1].start"}),
+    (emphasis_on("ab", (1, 2, 1), (0, 1, 1)), {"prompts[0].emphasis[1].start"}),
+    (emphasis_on("ab", (-1, 1, 1)), {"prompts[0].emphasis[0].start"}),
+    (emphasis_on("ab", (1, 1, 1)), {"prompts[0].emphasis[0].end"}),
+    (emphasis_on("\U0001f332!", (0, 3, 1)), {"prompts[0].emphasis[0].end"}),
+    (emphasis_on("ab", (0, 1, NAN), (1, 2, 10.5)), {f"prompts[0].emphasis[{index}].factor" for index in (0, 1)}),
+    (emphasis_on("x" * 257, *((index, index + 1, 2) for index in range(257))), {"prompts[0].emphasis"}),
     ({"width": 0}, {"width"}),
     ({"width": -1, "height": 2**31 - 1}, {"width", "height"}),
     ({"width": 15}, {"width"}),
@@ -151,6 +209,19 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
     ({"image_count": 10**6}, {"image_count"}),
     ({"seed": -1}, {"seed"}),
     ({"seed": 2**63 - 1, "image_count": 2}, {"seed"}),
+    ({"seed": 0, "seeds": [0, 1]}, {"seed"}),
+    ({"seeds": [1, -1, 2, -2]}, {"seeds[1]", "seeds[3]"}),
+    ({"seeds": [1, 2], "image_count": 3}, {"image_count"}),
+    ({"seeds": [7] * 17}, {"seeds"}),
+    ({"sampler": "SAMPLER_DDIM", "eta": NAN}, {"eta"}),
+    ({"sampler": "SAMPLER_DPMPP_SDE", "eta": 1.5}, {"eta"}),
+    ({"sampler": "SAMPLER_EULER", "eta": 0.0}, {"eta"}),
+    ({"sampler": "SAMPLER_LCM", "eta": 0.5, "churn": 1.0}, {"eta", "churn"}),
+    ({"sampler": "SAMPLER_HEUN", "churn": -1.0}, {"churn"}),
+    ({"sampler": "SAMPLER_HEUN", "churn": 101.0}, {"churn"}),
+    ({"sampler": "SAMPLER_DDIM", "churn": 0.0}, {"churn"}),
+    ({"guidance_rescale": NAN}, {"guidance_rescale"}),
+    ({"guidance_rescale": 1.01}, {"guidance_rescale"}),
     ({"guidance_scale": NAN}, {"guidance_scale"}),
     ({"guidance_scale": INFINITY}, {"guidance_scale"}),
     ({"guidance_scale": -0.5}, {"guidance_scale"}),
@@ -184,6 +255,15 @@ async def test_bad_fields_are_all_named_at_once_and_never_reach_the_models(
     assert await model_calls() == before
 
 
+async def test_of_very_many_violations_the_first_are_told_and_the_others_counted(
+    stub: GenerationServiceAsyncStub,
+) -> None:
+    error = await failure_of(stub, a_request(prompts=[{"text": "", "weight": 11.0}] * 64))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(violations_of(error)) == 30
+    assert "and 98 more" in (error.details() or "")
+
+
 async def test_an_unknown_engine_is_not_found_and_the_answer_names_the_engines(
     stub: GenerationServiceAsyncStub, model_calls: ModelCalls
 ) -> None:
@@ -215,12 +295,55 @@ async def test_what_the_server_cannot_do_yet_is_unimplemented_and_never_ignored(
     assert await model_calls() == before
 
 
-async def test_a_prompt_that_is_too_long_for_the_text_encoder_is_refused_not_cut(
+async def test_long_prompts_are_chunked_and_the_answer_says_how(stub: GenerationServiceAsyncStub) -> None:
+    texts = {"a lake": (2, 1), "tree " * 75: (75, 1), "tree " * 76: (76, 2), "lake " * 1200: (1200, 16)}
+    prompts = [{"text": text, "weight": weight} for text, weight in zip(texts, (1, -1, 2, 0), strict=True)]
+    for blending in ("BLENDING_TEXT_ENCODER", "BLENDING_COMPOSABLE"):
+        events = await events_of(stub, a_request(prompts=prompts, steps=1, blending=blending))
+        usages = [(usage.tokens, usage.chunks) for usage in events[0].accepted.prompt_usage]
+        assert usages == list(texts.values())
+        assert len(images_of(events)) == 1
+
+
+async def test_prompts_with_more_chunks_than_the_engine_takes_are_refused_not_cut(
     stub: GenerationServiceAsyncStub,
 ) -> None:
-    error = await failure_of(stub, a_request(prompts=[{"text": "ok"}, {"text": "tree " * 76}]))
+    prompts = [{"text": "ok"}, {"text": "tree " * 1201}, {"text": "lake " * 1500, "weight": -1}]
+    error = await failure_of(stub, a_request(prompts=prompts))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violations_of(error).keys() == {"prompts[1].text"}
+    violations = violations_of(error)
+    assert violations.keys() == {"prompts[1].text", "prompts[2].text"}
+    assert "1201 tokens make 17 chunks" in violations["prompts[1].text"]
+    assert "at most 16 of 75 tokens" in violations["prompts[1].text"]
+
+
+async def test_a_prompt_that_comes_again_costs_no_call_of_the_text_encoder(
+    stub: GenerationServiceAsyncStub, model_calls: ModelCalls
+) -> None:
+    async def calls(prompts: list[dict[str, Any]]) -> int:
+        before = await model_calls()
+        events = await events_of(stub, a_request(prompts=prompts, steps=1, guidance_scale=1.0))
+        assert events[-1].finished.usage.unet_rows == 1
+        # One of the UNet, one of the VAE.
+        return await model_calls() - before - 2
+
+    emphasis = [{"start": 0, "end": 5, "factor": 1.5}]
+    assert await calls([{"text": "first"}, {"text": "second"}]) == 3
+    assert await calls([{"text": "first"}, {"text": "second", "weight": -1}]) == 0
+    assert await calls([{"text": "second", "emphasis": emphasis}]) == 1
+    assert await calls([{"text": "second", "emphasis": emphasis, "weight": 3}, {"text": "first"}]) == 0
+
+
+async def test_emphasis_changes_the_image_and_a_factor_of_1_does_not(stub: GenerationServiceAsyncStub) -> None:
+    def request(*factors: float) -> generation_pb2.GenerateRequest:
+        emphasis = [{"start": 0, "end": 5, "factor": factor} for factor in factors]
+        return a_request(prompts=[{"text": "trees at a lake", "emphasis": emphasis}], seed=1, guidance_scale=1.0)
+
+    plain, same, strong, none = [
+        images_of(await events_of(stub, request(*factors)))[0].data for factors in ((), (1.0,), (2.0,), (0.0,))
+    ]
+    assert plain == same
+    assert len({plain, strong, none}) == 3
 
 
 async def test_engines_are_published_with_everything_that_a_caller_needs(stub: GenerationServiceAsyncStub) -> None:
@@ -233,4 +356,7 @@ async def test_engines_are_published_with_everything_that_a_caller_needs(stub: G
     assert engine.defaults.steps == 25
     assert len(engine.samplers) == len(SAMPLERS)
     assert sampling_pb2.SAMPLER_UNSPECIFIED not in engine.samplers
+    assert sampling_pb2.SAMPLER_DDIM in engine.eta_samplers
+    assert sampling_pb2.SAMPLER_HEUN in engine.churn_samplers
+    assert sampling_pb2.SAMPLER_LCM in set(engine.samplers) - {*engine.eta_samplers, *engine.churn_samplers}
     assert engine.license.name == "Apache-2.0"

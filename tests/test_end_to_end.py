@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,8 +56,8 @@ def blue_below(picture: Pixels) -> float:
     return share((blue > red + 0.15) & (blue > green + 0.08))
 
 
-async def pictures(client: AsyncClient, prompts: str | list[Prompt]) -> list[Pixels]:
-    return [pixels(image) for image in await client.generate(prompts, steps=20, seed=0, image_count=SEEDS)]
+async def pictures(client: AsyncClient, prompts: str | list[Prompt], steps: int = 20) -> list[Pixels]:
+    return [pixels(image) for image in await client.generate(prompts, steps=steps, seed=0, image_count=SEEDS)]
 
 
 async def test_night_is_dark_and_day_is_bright(client: AsyncClient) -> None:
@@ -83,9 +84,50 @@ async def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_pictu
     assert first == again != other
 
 
-async def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(client: AsyncClient) -> None:
+async def shares(client: AsyncClient, prompts: list[str]) -> tuple[list[float], list[float]]:
+    """Mean share of green, and mean share of blue below, in the pictures of each of the prompts, in prompt syntax."""
+    made = await asyncio.gather(*(pictures(client, prompt, steps=12) for prompt in prompts))
+    greens, blues = ([float(np.mean([*map(measure, many)])) for many in made] for measure in (green, blue_below))
+    return greens, blues
+
+
+def rises(values: list[float]) -> bool:
+    return all(less < more for less, more in pairwise(values))
+
+
+async def test_the_balance_of_weights_is_the_balance_of_the_picture(client: AsyncClient) -> None:
+    greens, blues = await shares(client, ["trees : 1 | sea : 2", "trees : 2 | sea : 1", "trees : 4 | sea : 1"])
+    assert rises(greens)
+    assert rises(blues[::-1])
+
+
+async def test_a_negative_prompt_takes_more_away_the_greater_its_weight(client: AsyncClient) -> None:
+    syntax = "a landscape on a sunny day, trees | trees, leaves, greenery : {}"
+    greens, _ = await shares(client, [syntax.format(weight) for weight in (-1, -0.5, -0.25, 0)])
+    assert rises(greens)
+
+
+async def test_a_negative_prompt_alone_acts_and_more_so_the_greater_its_weight(client: AsyncClient) -> None:
+    _, blues = await shares(client, [f"a green forest, day : {weight}" for weight in (-0.25, -0.5, -1)])
+    assert rises(blues)
+
+
+async def test_emphasis_on_a_word_moves_its_share(client: AsyncClient) -> None:
+    greens, blues = await shares(client, [f"(trees:{factor}), the sea" for factor in (0.5, 1, 2)])
+    assert rises(greens)
+    assert rises(blues[::-1])
+
+
+async def test_the_last_words_of_a_long_prompt_act(client: AsyncClient) -> None:
+    beginning = "a picture, " * 40
+    greens, blues = await shares(client, [beginning + "a green forest, day", beginning + "the open sea, day"])
+    assert greens[0] > 0.2 > 0.1 > greens[1]
+    assert blues[1] > 0.5 > 0.2 > blues[0]
+
+
+async def test_a_prompt_longer_than_the_engine_takes_is_refused(client: AsyncClient) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        await client.generate(["a lake", "tree " * 100])
+        await client.generate(["a lake", "tree " * 1201])
     assert caught.value.violations.keys() == {"prompts[1].text"}
 
 

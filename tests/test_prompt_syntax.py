@@ -20,7 +20,6 @@ from sdclient import (
     InvalidRequestError,
     Prompt,
     PromptSyntaxError,
-    UnsupportedError,
     format_prompts,
     parse_prompts,
 )
@@ -378,11 +377,17 @@ def test_all_prompts_that_cannot_be_read_are_told_with_the_other_violations() ->
     assert str(caught.value).endswith("\n    a : 11\n        ^")
 
 
-@pytest.mark.parametrize("prompts", ["a (lake)", ["fog", Prompt("a lake", 1, (Emphasis(2, 6, 1.3),))]])
-def test_emphasis_is_never_dropped_silently(prompts: Any) -> None:
-    with pytest.raises(UnsupportedError, match="emphasis inside a prompt") as caught:
-        to_request(prompts, {})
-    assert caught.value.code == "UNIMPLEMENTED"
+@pytest.mark.parametrize("prompts", ["fog | a (lake:1.5)", ["fog", Prompt("a lake", None, (Emphasis(2, 6, 1.5),))]])
+def test_emphasis_is_sent(prompts: Any) -> None:
+    fog, lake = to_request(prompts, {}).prompts
+    assert (fog.text, list(fog.emphasis)) == ("fog", [])
+    [part] = lake.emphasis
+    assert (lake.text, part.start, part.end, part.factor) == ("a lake", 2, 6, 1.5)
+
+
+def test_a_factor_of_0_is_a_value() -> None:
+    [prompt] = to_request("a (lake:0)", {}).prompts
+    assert prompt.emphasis[0].HasField("factor")
 
 
 def test_the_command_line_reads_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

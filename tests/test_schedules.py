@@ -87,7 +87,7 @@ def test_levels_outside_training_have_the_nearest_timestep(schedule: NoiseSchedu
 
 
 @each_schedule
-@pytest.mark.parametrize("name", ["native", "karras"])
+@pytest.mark.parametrize("name", ["native", "karras", "exponential"])
 def test_a_generation_goes_down_to_zero_within_the_levels_of_training(schedule: NoiseSchedule, name: str) -> None:
     for steps in {1, 2, 3, 7, 20, 61, 150} & set(range(schedule.train_timesteps + 1)):
         sigmas = getattr(schedule, name)(steps)
@@ -124,6 +124,7 @@ def test_a_single_step_starts_at_the_noisiest_level(spacing: TimestepSpacing) ->
     schedule = replace(STABLE_DIFFUSION, timestep_spacing=spacing)
     assert schedule.native(1) == (schedule.sigmas[-1], 0.0)
     assert schedule.karras(1) == pytest.approx((schedule.sigmas[-1], 0.0))
+    assert schedule.exponential(1) == pytest.approx((schedule.sigmas[-1], 0.0))
 
 
 @settings(deadline=None)
@@ -132,6 +133,15 @@ def test_karras_levels_are_even_in_the_root_of_sigma(steps: int, rho: float) -> 
     sigmas = np.array(STABLE_DIFFUSION.karras(steps, rho)[:-1])
     roots = sigmas ** (1 / rho)
     np.testing.assert_allclose(roots, np.linspace(roots[0], roots[-1], steps), rtol=1e-9)
+    np.testing.assert_allclose(sigmas[[0, -1]], STABLE_DIFFUSION.sigmas[[-1, 0]], rtol=1e-9)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(2, 200))
+def test_exponential_levels_are_even_in_the_logarithm_of_sigma(steps: int) -> None:
+    sigmas = np.array(STABLE_DIFFUSION.exponential(steps)[:-1])
+    logs = np.log(sigmas)
+    np.testing.assert_allclose(logs, np.linspace(logs[0], logs[-1], steps), rtol=0, atol=1e-9)
     np.testing.assert_allclose(sigmas[[0, -1]], STABLE_DIFFUSION.sigmas[[-1, 0]], rtol=1e-9)
 
 
@@ -147,9 +157,10 @@ def test_an_offset_past_the_last_timestep_is_refused() -> None:
 
 
 @pytest.mark.parametrize("steps", [-1, 0])
-def test_karras_needs_a_step(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"steps={steps}: at least 1"):
-        STABLE_DIFFUSION.karras(steps)
+def test_levels_between_timesteps_need_a_step(steps: int) -> None:
+    for levels in (STABLE_DIFFUSION.karras, STABLE_DIFFUSION.exponential):
+        with pytest.raises(ValueError, match=f"steps={steps}: at least 1"):
+            levels(steps)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from hypothesis import strategies as st
 from open_clip import CLIP, SimpleTokenizer
 from safetensors.torch import load_file, save_file
 from sdmodels.batching import run_together
+from sdmodels.chunking import COMMA_REACH, Emphasis, chunk_ends, fragments
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
 from sdmodels.python_backend import BackendModel
 from sdmodels.text_encoder import TextEncoder
-from sdmodels.tokenizer import Tokenizer
+from sdmodels.tokenizer import LONGEST_WORD, Tokenizer
 from sdmodels.unet import UNet
 from sdmodels.vae import VaeDecoder
 
@@ -89,48 +91,155 @@ def test_text_states_are_those_of_open_clips_penultimate_layer(
     tokens = reference_tokenizer(PROMPTS, context_length=CONTEXT_LENGTH)
     expected = clip.forward_intermediates(text=tokens, text_indices=[layers - 2], normalize_intermediates=True)
 
-    states, _ = encode(PROMPTS)
+    states = np.stack([encode(text)[0] for text in PROMPTS])
 
     assert states.shape == (len(PROMPTS), CONTEXT_LENGTH, WIDTH)
     assert states.dtype == np.float32
     np.testing.assert_allclose(states, expected["text_intermediates"][0].numpy(), atol=2e-6)
 
 
-def test_the_states_of_a_text_do_not_depend_on_its_company(encode: TextEncoder) -> None:
-    together, _ = encode(PROMPTS)
-    for text, states in zip(PROMPTS, together, strict=True):
-        np.testing.assert_array_equal(encode([text])[0][0], states)
+@pytest.mark.parametrize(
+    ("text", "tokens", "chunks"),
+    [
+        ("", 0, 1),
+        ("a lake", 2, 1),
+        ("a lake a lake", 4, 1),
+        ("a " * 75, 75, 1),
+        ("a " * 76, 76, 2),
+        ("a " * 151, 151, 3),
+    ],
+)
+def test_token_counts_leave_out_start_and_end(encode: TextEncoder, text: str, tokens: int, chunks: int) -> None:
+    states, *counts = encode(text)
+    assert counts == [tokens, chunks]
+    assert states.shape == (chunks * CONTEXT_LENGTH, WIDTH)
 
 
-def test_token_counts_leave_out_start_and_end(encode: TextEncoder) -> None:
-    _, counts = encode(["", "a lake", "a lake a lake", "a " * 75, "a " * 76])
-    assert counts.dtype == np.int32
-    assert counts.tolist() == [0, 2, 4, 75, 76]
+@pytest.mark.parametrize("length", [74, 75, 149, 1199])
+def test_a_text_of_any_length_keeps_its_last_word(encode: TextEncoder, length: int) -> None:
+    lake, sea = (encode("a " * length + word)[0] for word in ("lake", "sea"))
+    position = length // 75 * CONTEXT_LENGTH + 1 + length % 75
+    np.testing.assert_array_equal(lake[:position], sea[:position])
+    assert np.abs(lake[position] - sea[position]).max() > 0.1
 
 
-def test_a_text_of_the_greatest_length_keeps_its_last_word(encode: TextEncoder) -> None:
-    lake, sea = encode(["a " * 74 + "lake", "a " * 74 + "sea"])[0]
-    np.testing.assert_array_equal(lake[:75], sea[:75])
-    assert np.abs(lake[75] - sea[75]).max() > 0.1
+def test_every_chunk_is_encoded_as_a_text_of_its_own(encode: TextEncoder) -> None:
+    first, second = "trees " * 60 + "lake, ", "sea " * 30
+    states, tokens, chunks = encode(first + second)
+    assert (tokens, chunks) == (92, 2)
+    np.testing.assert_array_equal(states, np.concatenate([encode(first)[0], encode(second)[0]]))
+
+
+def test_of_a_text_with_too_many_chunks_only_the_first_is_encoded(encode: TextEncoder) -> None:
+    states, tokens, chunks = encode("a " * 1201)
+    assert (tokens, chunks) == (1201, 17)
+    np.testing.assert_array_equal(states, encode("a " * 75)[0])
+
+
+COMMA = 0
+
+
+@given(st.lists(st.integers(0, 3), max_size=200), st.integers(1, 80))
+def test_chunks_are_all_tokens_in_order_and_none_is_too_long(tokens: list[int], size: int) -> None:
+    ends = chunk_ends(tokens, size, COMMA)
+    lengths = np.diff([0, *ends])
+    assert ends[-1] == len(tokens)
+    assert lengths.max() <= size
+    assert lengths.min() >= min(1, len(tokens))
+    for start, end in zip([0, *ends], ends[:-1], strict=False):
+        # It is full, or ends after the last comma in reach.
+        assert end == start + size or (tokens[end - 1] == COMMA and COMMA not in tokens[end : start + size])
+        assert end > start + size - COMMA_REACH
+
+
+def test_a_comma_ends_a_chunk_only_near_its_end() -> None:
+    def ends(comma: int) -> list[int]:
+        return chunk_ends([COMMA if position == comma else 1 for position in range(100)], 75, COMMA)
+
+    assert ends(74) == [75, 100]
+    assert ends(55) == [56, 100]
+    assert ends(54) == ends(75) == [75, 100]
 
 
 @settings(deadline=None)
-@given(st.text(max_size=60) | st.text("ab \n&;<>", min_size=1, max_size=8).map(lambda text: text * 300))
-def test_tokens_are_open_clips_and_too_many_are_never_called_few(
-    tokenize: Tokenizer, reference_tokenizer: SimpleTokenizer, text: str
+@given(st.text(max_size=60) | st.text("ab \n&;<>", min_size=1, max_size=8).map(lambda text: text * 16))
+def test_tokens_are_open_clips(tokenize: Tokenizer, reference_tokenizer: SimpleTokenizer, text: str) -> None:
+    assert tokenize(text) == reference_tokenizer.encode(text)
+
+
+def test_an_endless_word_is_read_as_several(tokenize: Tokenizer) -> None:
+    # At once: by open_clip alone it would take 16,000 times as long.
+    word = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), LONGEST_WORD))
+    assert tokenize(word * 16_000) == tokenize(word) * 16_000
+
+
+# Emphasis
+
+
+def test_a_factor_of_1_changes_nothing_even_inside_of_a_word(encode: TextEncoder) -> None:
+    np.testing.assert_array_equal(encode("a lake, trees", [(3, 5, 1.0), (8, 13, 1.0)])[0], encode("a lake, trees")[0])
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.3, 10.0])
+def test_only_emphasised_tokens_change_their_strength_and_the_prompt_keeps_its_own(
+    encode: TextEncoder, factor: float
 ) -> None:
-    expected = reference_tokenizer.encode(text)
-    tokens = tokenize(text, 75)
-    assert tokens == expected or (75 < len(tokens) <= len(expected))
+    text = "a " * 70 + "b, old trees stand at the lake"
+    start = text.index("old")
+    plain, _, chunks = encode(text)
+    states = encode(text, [(start, start + len("old trees"), factor)])[0]
+    assert chunks == 2
+    # The second chunk begins after the comma.
+    changed = np.isin(np.arange(len(plain)), [CONTEXT_LENGTH + 1, CONTEXT_LENGTH + 2])
+    common = (states[~changed] / plain[~changed]).mean()
+    np.testing.assert_allclose(states[~changed], common * plain[~changed], rtol=1e-4)
+    np.testing.assert_allclose(states[changed], factor * common * plain[changed], rtol=1e-4)
+    assert np.square(states).mean() == pytest.approx(np.square(plain).mean(), rel=1e-5)
 
 
-def test_an_endless_word_is_too_long_at_once(tokenize: Tokenizer) -> None:
-    # Tokenizing it would take hours.
-    assert len(tokenize("x" * 1_000_000, 75)) > 75
+def test_text_on_either_side_of_a_border_is_tokenized_by_itself(
+    encode: TextEncoder, reference_tokenizer: SimpleTokenizer
+) -> None:
+    whole, parts = (
+        sum(len(reference_tokenizer.encode(part)) for part in split) for split in (["trees"], ["tr", "ees"])
+    )
+    assert whole < parts
+    assert encode("trees", [(2, 5, 2.0)])[1] == parts
+
+
+@pytest.mark.parametrize(
+    "emphasis",
+    [
+        [(-1, 2, 2.0)],
+        [(2, 2, 2.0)],
+        [(0, 7, 2.0)],
+        [(2, 4, 2.0), (3, 5, 2.0)],
+        [(2, 4, 2.0), (0, 1, 2.0)],
+        [(0, 1, -1.0)],
+        [(0, 1, np.inf)],
+        [(0, 1, np.nan)],
+    ],
+)
+def test_emphasis_that_is_not_possible_is_refused(encode: TextEncoder, emphasis: list[Emphasis]) -> None:
+    with pytest.raises(InvalidInput, match="not possible"):
+        encode("a lake", emphasis)
+
+
+@given(st.data())
+def test_fragments_are_the_text_with_the_factors_of_its_characters(data: st.DataObject) -> None:
+    text = data.draw(st.text(max_size=20))
+    borders = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    factors = st.sampled_from([0.0, 0.5, 1.0, 2.0])
+    emphasis = [(start, end, data.draw(factors)) for start, end in pairwise(borders)][::2]
+    expected = [1.0] * len(text)
+    for start, end, factor in emphasis:
+        expected[start:end] = [factor] * (end - start)
+    read = [(character, factor) for part, factor in fragments(text, emphasis) for character in part]
+    assert read == list(zip(text, expected, strict=True))
 
 
 def test_without_a_vocabulary_of_its_own_an_engine_has_open_clips(tmp_path: Path) -> None:
-    tokens = Tokenizer(tmp_path, {"vocab_size": 49408})("a lighthouse at dusk", 75)
+    tokens = Tokenizer(tmp_path, {"vocab_size": 49408})("a lighthouse at dusk")
     assert tokens == SimpleTokenizer().encode("a lighthouse at dusk")
 
 
@@ -166,6 +275,12 @@ def test_a_row_of_a_batch_is_what_it_is_alone(unet: UNet, height: int, width: in
     for row in range(5):
         alone = unet(latents[row : row + 1], timesteps[row : row + 1], text_states[row : row + 1])
         np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-4)
+
+
+def test_any_number_of_text_states_conditions_a_row(unet: UNet) -> None:
+    latents, timesteps, text_states = normal(1, 4, 16, 16), np.array([500], np.float32), normal(1, 3 * 77, WIDTH)
+    prediction = unet(latents, timesteps, text_states)
+    assert np.abs(prediction - unet(latents, timesteps, text_states[:, :77])).max() > 0.01
 
 
 def test_rows_that_do_not_match_are_refused(unet: UNet) -> None:

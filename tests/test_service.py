@@ -30,7 +30,7 @@ async def test_every_sampler_and_schedule_reaches_what_the_prompt_means(
     stub: GenerationServiceAsyncStub, backend: FakeBackend
 ) -> None:
     for sampler in SAMPLERS:
-        for schedule in ("NATIVE", "KARRAS"):
+        for schedule in ("NATIVE", "KARRAS", "EXPONENTIAL"):
             request = a_request(
                 sampler=f"SAMPLER_{sampler.upper()}", schedule=f"SCHEDULE_{schedule}", guidance_scale=1.0
             )
@@ -60,11 +60,46 @@ async def test_guidance_moves_from_the_empty_prompt_to_the_prompts(
 async def test_a_full_negative_prompt_replaces_the_empty_one_and_a_weak_one_only_moves_it(
     stub: GenerationServiceAsyncStub, backend: FakeBackend
 ) -> None:
-    for weight, share in ((-2.0, 1.0), (-0.5, 0.25), (-4.0, 1.0)):
+    for weight, share in ((-2.0, 1.0), (-1.0, 0.5), (-0.5, 0.25), (-4.0, 1.0)):
         prompts = [{"text": TEXT, "weight": 2.0}, {"text": "trees", "weight": weight}]
         positive, negative = backend.mean_of(TEXT), share * backend.mean_of("trees")
         expected = negative + 1.25 * (positive - negative)
         assert await value_of(stub, prompts=prompts, guidance_scale=1.25) == pytest.approx(pixel_of(expected), abs=1)
+
+
+async def test_a_negative_prompt_alone_pushes_away_the_more_the_greater_its_weight(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    for weight in (-0.25, -0.5, -1.0):
+        expected = (1 - 1.5) * -weight * backend.mean_of("trees")
+        value = await value_of(stub, prompts=[{"text": "trees", "weight": weight}], guidance_scale=1.5)
+        assert value == pytest.approx(pixel_of(expected), abs=1)
+
+
+async def test_positive_prompts_are_blended_in_proportion_to_their_weights(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    for weight in (0.0, 0.5, 1.0, 2.0, 8.0):
+        prompts = [{"text": TEXT}, {"text": "trees", "weight": weight}]
+        expected = (backend.mean_of(TEXT) + weight * backend.mean_of("trees")) / (1 + weight)
+        assert await value_of(stub, prompts=prompts, guidance_scale=1.0) == pytest.approx(pixel_of(expected), abs=1)
+
+
+async def test_emphasis_reaches_the_text_encoder(stub: GenerationServiceAsyncStub, backend: FakeBackend) -> None:
+    for factor in (0.0, 1.0, 1.5):
+        prompts = [{"text": "trees", "emphasis": [{"start": 0, "end": 5, "factor": factor}]}]
+        value = await value_of(stub, prompts=prompts, guidance_scale=1.0)
+        assert value == pytest.approx(pixel_of(factor * backend.mean_of("trees")), abs=1)
+
+
+async def test_prompts_of_different_lengths_are_blended_over_the_longest(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    long = "tree " * 100
+    # The short prompt's second chunk is empty, which means 0.
+    expected = (backend.mean_of(TEXT) / 2 + backend.mean_of(long)) / 2
+    value = await value_of(stub, prompts=[{"text": TEXT}, {"text": long}], guidance_scale=1.0)
+    assert value == pytest.approx(pixel_of(expected), abs=1)
 
 
 async def test_composable_blending_sums_the_predictions_by_weight(
@@ -197,7 +232,9 @@ async def test_a_waiting_request_knows_its_position_and_one_too_many_is_refused_
         events = aiter(call)
         assert (await anext(events)).accepted.queue_position == position
         calls.append(events)
-    error = await failure_of(small_stub, a_request())
+    before = backend.texts.copy()
+    error = await failure_of(small_stub, a_request(prompts=[{"text": "one too many"}]))
+    assert backend.texts == before
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details_of(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
     assert dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]
@@ -210,6 +247,15 @@ async def test_a_generation_that_takes_too_long_is_ended_by_the_server(
 ) -> None:
     backend.delay = 0.05
     error = await failure_of(small_stub, a_request(steps=150))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert details_of(error, error_details_pb2.ErrorInfo).reason == "TIME_LIMIT"
+
+
+async def test_encoding_that_takes_too_long_is_ended_by_the_server(
+    small_stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    backend.encode_delay = 5.0
+    error = await failure_of(small_stub, a_request())
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert details_of(error, error_details_pb2.ErrorInfo).reason == "TIME_LIMIT"
 

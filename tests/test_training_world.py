@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from training import clip, pixels
 from training.captions import TOLD_VALUES, caption
+from training.evaluate import right
+from training.heldout import CASES, Case
 from training.painter import paint
 from training.world import COLOURS, FORMATS, VALUES, Scene, consistent, random_scene, random_variant
 
@@ -124,3 +126,20 @@ def test_a_forest_is_greener_than_the_snow_it_stands_on() -> None:
     wood = replace(bare, trees="pine", tree_count="forest")
     assert pixels.green_share(paint(wood)) > 0.25
     assert pixels.green_share(paint(bare)) < 0.01
+
+
+def test_a_held_out_prompt_is_no_training_caption() -> None:
+    written = {caption(random_scene(seed), np.random.default_rng(seed)).text for seed in range(5000)}
+    assert not written & {case.prompt for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.prompt)
+def test_a_held_out_prompt_expects_what_the_world_has(case: Case) -> None:
+    for name, values in case.expected.items():
+        assert set(values.split("|")) <= set(VALUES[name])
+
+
+def test_a_held_out_case_is_right_only_if_every_label_is_among_its_values() -> None:
+    case = Case("trees at night", {"time": "night", "trees": "round|pine"})
+    assert right(case, {"time": "night", "trees": "pine"}) == {"time": True, "trees": True}
+    assert right(case, {"time": "day", "trees": "none"}) == {"time": False, "trees": False}

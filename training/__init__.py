@@ -1,0 +1,1 @@
+"""How the embedded engine `tiny-landscape` was made, so that anyone can make it again: `python -m training`."""

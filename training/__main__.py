@@ -1,6 +1,6 @@
 """Makes the embedded engine from nothing: `python -m training`.
 
-    world -> (autoencoder and CLIP side by side) -> latents -> UNet -> decoder -> classifier -> evaluation, export, card
+    world -> (autoencoder, CLIP) -> latents -> (UNet, more latents) -> (decoder, classifier) -> evaluation, export, card
 
 Every stage resumes from its checkpoint and skips what is done, so the command may be cut off and given again. Budgets
 are core-minutes of CPU time.
@@ -46,8 +46,9 @@ def make(budgets: Budgets) -> None:
         _start("vae", "--core-minutes", str(budgets.vae)),
         _start("clip", "--core-minutes", str(budgets.clip)),
     )
-    _finish(_start("latents"))
-    _finish(_start("unet", "--core-minutes", str(budgets.unet)))
+    _finish(_start("latents", "--square", "4000", "--other", "200"))
+    # the UNet takes up new latents as it goes: it need not wait for all of them
+    _finish(_start("latents"), _start("unet", "--core-minutes", str(budgets.unet)))
     _finish(
         _start("vae", "--decoder", "--core-minutes", str(budgets.decoder)),
         _start("classifier", "--core-minutes", str(budgets.classifier)),

@@ -22,7 +22,7 @@ from training.world import FORMATS
 if TYPE_CHECKING:
     from pathlib import Path
 
-SQUARE_SCENES, OTHER_SCENES = 12_000, 1_200
+SQUARE_SCENES, OTHER_SCENES = 24_000, 2_700
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.latents", description=__doc__)
     parser.add_argument("--square", type=int, default=SQUARE_SCENES, help="scenes of the native format")
     parser.add_argument("--other", type=int, default=OTHER_SCENES, help="scenes of each other format")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     with pid_file("latents"):
-        for size in FORMATS:
-            encode(size, options.square if size == FORMATS[0] else options.other)
+        for quarter in range(1, 5):  # every format grows at the same pace, for a UNet that trains meanwhile
+            for size in FORMATS:
+                count = options.square if size == FORMATS[0] else options.other
+                encode(size, -(-count * quarter // 4))
 
 
 if __name__ == "__main__":

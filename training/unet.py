@@ -65,10 +65,14 @@ class Batches:
     def __init__(self, seed: int, step: int) -> None:
         self.rng = np.random.default_rng([seed, step])
         self.noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        self.files = [latents.load(size) for size in FORMATS]
+        self.refresh()
         self.tokens, self.clip = tokenizer.load(), clip.load_trained()
         self.scaling_factor = float(vae.load_trained().config["scaling_factor"])
         self.alphas = alphas_cumprod()
+
+    def refresh(self) -> None:
+        """Take up the latents that were cached since."""
+        self.files = [latents.load(size) for size in FORMATS]
 
     @torch.no_grad()
     def batch(self) -> _Batch:
@@ -162,6 +166,7 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
         run.tick(v_loss=loss)
         if run.due():
             run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state(), seen=seen)
+            batches.refresh()
 
 
 def main(arguments: list[str] | None = None) -> None:

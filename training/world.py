@@ -6,7 +6,7 @@ attribute alone share their layout, so that a pair shows the models exactly what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,10 +114,6 @@ def _pick(rng: np.random.Generator, values: tuple[str, ...], weights: tuple[floa
     return values[int(rng.choice(len(values), p=np.array(weights) / sum(weights)))]
 
 
-def _orb(rng: np.random.Generator) -> str:
-    return "yes" if rng.random() < 0.45 else "no"
-
-
 def random_scene(seed: int, size: tuple[int, int] = FORMATS[0]) -> Scene:
     """The scene of this seed. About two in five show one single object (a house, a boat or a tree) and little else."""
     rng = np.random.default_rng([seed, 7])
@@ -129,7 +125,7 @@ def random_scene(seed: int, size: tuple[int, int] = FORMATS[0]) -> Scene:
         height=size[1],
         time=time,
         sky=_pick(rng, VALUES["sky"], (0.55, 0.3, 0.15)),
-        orb=_orb(rng),
+        orb="yes" if rng.random() < 0.45 else "no",
         stars="yes" if rng.random() < 0.5 else "no",
         ground=_pick(rng, VALUES["ground"], (0.4, 0.25, 0.17, 0.18)),
     )
@@ -182,8 +178,3 @@ def random_variant(scene: Scene, seed: int) -> Scene:
         if variant != scene:
             return variant
     return replace(scene, time="night" if scene.time == "day" else "day", stars="no")
-
-
-def scene_fields() -> tuple[str, ...]:
-    """Names of the fields that place a scene (seed and size), before its attributes."""
-    return tuple(field.name for field in fields(Scene) if field.name not in VALUES)

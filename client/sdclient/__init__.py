@@ -27,7 +27,7 @@ from ._errors import (
     UnavailableError,
     UnsupportedError,
 )
-from ._events import Accepted, Event, Finished, Image, Preview, Progress, Timings, Usage
+from ._events import Accepted, Event, Finished, Image, Preview, Progress, PromptUsage, Timings, Usage
 from ._prompts import format_prompts, parse_prompts
 from ._sync import Client
 from ._types import (
@@ -79,6 +79,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "PromptSyntaxError",
+    "PromptUsage",
     "Prompts",
     "SDError",
     "Sampler",

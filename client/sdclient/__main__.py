@@ -85,9 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     option("-H", "--height", type=int, metavar="PIXELS")
     option("-s", "--steps", type=int, help="denoising steps")
     option("-S", "--seed", type=int, help="seed of the first image; the others have the seeds after it")
+    option("--seeds", type=_seeds, metavar="SEED,SEED", help="the seed of each image, instead of --seed")
     option("-n", "--image-count", type=int, metavar="COUNT", help="images to generate")
     option("-g", "--guidance-scale", type=float, metavar="SCALE", help="how strongly to follow the prompts; 1 is off")
+    option("--guidance-rescale", type=float, metavar="SHARE", help="takes back the contrast that guidance adds, 0 to 1")
     option("--sampler", choices=get_args(Sampler), metavar="NAME", help=", ".join(get_args(Sampler)))
+    option("--eta", type=float, help="fresh noise in each step of a DDIM, DDPM, ancestral or SDE sampler, 0 to 1")
+    option("--churn", type=float, help="noise that euler, heun or dpm2 adds before its steps, 0 to 100")
     option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
     option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
     option("--engine", metavar="ID", help="an engine of `sdclient engines`")
@@ -105,6 +109,13 @@ def _file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers such as 7,0,42") from None
 
 
 def _client(arguments: argparse.Namespace) -> Client:
@@ -128,7 +139,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
     options = cast("GenerateOptions", chosen)
     options["output"] = Output(MEDIA_TYPES[arguments.file.suffix.lower()], arguments.quality)
-    pattern = _pattern(arguments.file, arguments.image_count)
+    pattern = _pattern(arguments.file, len(arguments.seeds) if arguments.seeds else arguments.image_count)
 
     start = time.monotonic()
     report: dict[str, Any] = {"images": []}
@@ -137,7 +148,14 @@ def _generate(arguments: argparse.Namespace) -> None:
             show(event)
             match event:
                 case Accepted():
-                    report |= {"request_id": event.request_id, "prompts": event.prompts, "options": event.options}
+                    report |= {
+                        "request_id": event.request_id,
+                        "prompts": event.prompts,
+                        "prompt_usage": event.prompt_usage,
+                        "options": event.options,
+                    }
+                    if not arguments.json:
+                        _print_long_prompts(event)
                 case Image():
                     path = event.save(pattern.replace("{index}", str(event.index)).replace("{seed}", str(event.seed)))
                     seconds = time.monotonic() - start
@@ -160,6 +178,12 @@ def _generate(arguments: argparse.Namespace) -> None:
                     report |= {"usage": event.usage, "timings": event.timings}
     if arguments.json:
         print(json.dumps(report, indent=2, default=asdict))
+
+
+def _print_long_prompts(accepted: Accepted) -> None:
+    for number, usage in enumerate(accepted.prompt_usage, start=1):
+        if usage.chunks > 1:
+            print(f"prompt {number}: {usage.tokens} tokens in {usage.chunks} chunks", file=sys.stderr)
 
 
 def _pattern(file: Path, image_count: int | None) -> str:
@@ -246,7 +270,8 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "": engine.description,
             "sizes": f"{limits.min_size} to {limits.max_size} px, at most {limits.max_pixels} pixels; "
             f"trained for {engine.native_width}x{engine.native_height}",
-            "limits": f"{limits.max_steps} steps, {limits.max_image_count} images",
+            "limits": f"{limits.max_steps} steps, {limits.max_image_count} images, "
+            f"{limits.max_prompt_chunks} chunks of 75 tokens a prompt",
             "defaults": f"{defaults.width}x{defaults.height}, {defaults.steps} steps, {defaults.sampler}, "
             f"{defaults.schedule}, guidance scale {defaults.guidance_scale:g}",
             "samplers": ", ".join(engine.samplers),

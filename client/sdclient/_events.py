@@ -18,6 +18,16 @@ MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg",
 
 
 @dataclass(frozen=True, slots=True)
+class PromptUsage:
+    """How long a prompt is for the text encoder."""
+
+    tokens: int
+    """Tokens of the text."""
+    chunks: int
+    """Chunks that they were encoded in; 1 unless the prompt is long."""
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """The request is valid and has its place. Always the first event.
 
@@ -32,6 +42,8 @@ class Accepted:
     """Everything else that makes the images what they are, resolved: engine, size, seed, sampler and so on."""
     queue_position: int
     """Requests that have to finish before this one starts; 0 when it starts at once."""
+    prompt_usage: tuple[PromptUsage, ...] = ()
+    """What the text encoder made of each prompt, in their order; empty from a server that does not say it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-Sampler = Literal["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-"""Integrates the denoising equation from noise to image."""
+Sampler = Literal[
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "ddpm",
+    "dpm2",
+    "dpm2_ancestral",
+    "lms",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_3m_sde",
+    "lcm",
+]
+"""Integrates the denoising equation from noise to image. `heun`, `dpm2`, `dpm2_ancestral`, `dpmpp_2s_ancestral` and
+`dpmpp_sde` take twice the time a step. `lcm` is for engines that were distilled for it."""
 
-Schedule = Literal["native", "karras"]
-"""Places the steps along the noise levels: evenly spaced training timesteps, or Karras et al. 2022 with rho = 7."""
+Schedule = Literal["native", "karras", "exponential"]
+"""Places the steps along the noise levels: evenly spaced training timesteps, Karras et al. 2022 with rho = 7, or evenly
+spaced logarithms."""
 
 Blending = Literal["text_encoder", "composable"]
 """How several prompts become one guidance direction: averaged text states (two UNet rows an image and step, however
@@ -30,15 +48,18 @@ class Emphasis:
     end: int
     """The character after the last one."""
     factor: float
-    """Multiplies the effect of these characters' tokens, 0 to 10. 1 changes nothing."""
+    """Multiplies the text states of these characters' tokens, 0 to 10. 1 changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and its share in the image, -10 to 10: negative pushes away, 0 switches the prompt off, None is 1."""
+    """A text and its share in the image, -10 to 10: negative pushes away, 0 switches the prompt off, None is 1.
+
+    Weights are relative to each other; emphasis is absolute.
+    """
 
     text: str
-    """Taken as it is: no syntax here."""
+    """Taken as it is: no syntax here. May be long: nothing is cut off."""
     weight: float | None = None
     emphasis: tuple[Emphasis, ...] = ()
     """Parts of the text, in their order and without overlaps."""
@@ -126,12 +147,21 @@ class GenerateOptions(TypedDict, total=False):
     """Places the steps along the noise levels."""
     seed: int | None
     """Seed of the first image, 0 to 2**63 - 1; image `i` uses `seed + i`. 0 is a seed like any other."""
+    seeds: Sequence[int] | None
+    """The seed of each image, instead of `seed`."""
     image_count: int | None
-    """Images to generate."""
+    """Images to generate; with `seeds` their number, or left out."""
     guidance_scale: float | None
     """Classifier-free guidance scale, 0 to 100. 1 turns guidance off and halves the work."""
     guidance_interval: GuidanceInterval | None
     """Restricts classifier-free guidance to a part of the schedule."""
+    guidance_rescale: float | None
+    """Takes back the contrast that guidance adds, 0 (not at all) to 1 (all): arXiv:2305.08891, section 3.4."""
+    eta: float | None
+    """Fresh noise in each step, 0 (none) to 1, for the samplers that have it: `ddim` (0 by default), and `ddpm`, the
+    ancestral and the SDE ones (1 by default)."""
+    churn: float | None
+    """Noise added before the steps and removed by them, 0 (none) to 100 over all steps, for `euler`, `heun`, `dpm2`."""
     blending: Blending | None
     """How several prompts become one guidance direction."""
     clip_guidance: ClipGuidance | None
@@ -166,6 +196,8 @@ class EngineLimits:
     """Most denoising steps."""
     max_image_count: int
     """Most images of one request."""
+    max_prompt_chunks: int
+    """Most chunks of one prompt, of 75 tokens or fewer each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +248,10 @@ class Engine:
     defaults: EngineDefaults
     samplers: tuple[Sampler, ...]
     """Samplers that it accepts and this version of the SDK knows."""
+    eta_samplers: tuple[Sampler, ...]
+    """Those of them that take `eta`."""
+    churn_samplers: tuple[Sampler, ...]
+    """Those of them that take `churn`."""
     schedules: tuple[Schedule, ...]
     """Schedules that it accepts and this version of the SDK knows."""
     media_types: tuple[str, ...]

@@ -12,12 +12,13 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from ._errors import InvalidRequestError, PromptSyntaxError, UnsupportedError
-from ._events import Accepted, Finished, Image, Preview, Progress, Timings, Usage
+from ._errors import InvalidRequestError, PromptSyntaxError
+from ._events import Accepted, Finished, Image, Preview, Progress, PromptUsage, Timings, Usage
 from ._prompts import parse_prompts
 from ._types import (
     Blending,
     ClipGuidance,
+    Emphasis,
     Engine,
     EngineDefaults,
     EngineLimits,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import grpc
     from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message
+    from sdapi.v1 import generation_pb2
     from sdapi.v1.generation_pb2 import GenerateRequest, GenerateResponse, ListEnginesRequest, ListEnginesResponse
 
     from ._events import Event
@@ -87,8 +89,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        *(Prompt, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Progress, Preview, Image, Finished, Usage, Timings),
+        *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
+        *(PromptUsage, Progress, Preview, Image, Finished, Usage, Timings),
         *(Engine, EngineLimits, EngineDefaults, License),
     )
 }
@@ -145,9 +147,6 @@ def _read_prompts(prompts: Prompts, violations: dict[str, str]) -> list[Prompt]:
             read += _read_prompt(item)
         except PromptSyntaxError as error:
             violations["prompts" if item is prompts else f"prompts[{index}]"] = str(error)
-    if any(prompt.emphasis for prompt in read):
-        problem = r"emphasis inside a prompt, (trees:1.3), is not supported by this version; write \( for a bracket"
-        raise UnsupportedError(problem, code="UNIMPLEMENTED")
     return read
 
 
@@ -179,7 +178,13 @@ def _to_field(field: FieldDescriptor, value: Any) -> Any:
 def _to_item(value: Any) -> Any:
     if not is_dataclass(value):
         return value
-    return {field.name: item for field in fields(value) if (item := getattr(value, field.name)) not in (None, ())}
+    items = {field.name: getattr(value, field.name) for field in fields(value)}
+    # A sequence is of messages.
+    return {
+        name: [_to_item(part) for part in item] if isinstance(item, tuple | list) else item
+        for name, item in items.items()
+        if item is not None
+    }
 
 
 def engines_request() -> ListEnginesRequest:
@@ -195,7 +200,7 @@ def to_event(response: GenerateResponse) -> Event | None:
     if name is None:
         return None
     if name == "accepted":
-        return _accepted(response.accepted.request, response.accepted.queue_position)
+        return _accepted(response.accepted)
     event: Event = _from_message(getattr(response, name))
     return event
 
@@ -205,12 +210,13 @@ def to_engines(response: ListEnginesResponse) -> list[Engine]:
     return [_from_message(engine) for engine in response.engines]
 
 
-def _accepted(request: GenerateRequest, queue_position: int) -> Accepted:
-    resolved = {field.name: _from_field(field, value) for field, value in request.ListFields()}
+def _accepted(accepted: generation_pb2.Accepted) -> Accepted:
+    resolved = {field.name: _from_field(field, value) for field, value in accepted.request.ListFields()}
     prompts = resolved.pop("prompts", ())
     request_id = resolved.pop("request_id", "")
     options = {name: value for name, value in resolved.items() if value is not None}
-    return Accepted(request_id, prompts, cast("GenerateOptions", options), queue_position)
+    prompt_usage = tuple(_from_message(usage) for usage in accepted.prompt_usage)
+    return Accepted(request_id, prompts, cast("GenerateOptions", options), accepted.queue_position, prompt_usage)
 
 
 def _from_message(message: Message) -> Any:

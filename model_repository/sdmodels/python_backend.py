@@ -13,12 +13,16 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from sdmodels.batching import Arrays
 
@@ -92,25 +96,32 @@ class BackendModel:
 
 
 class TextEncoderModel(BackendModel):
-    """`text` BYTES [P, 1] -> `text_states` FP32 [P, context_length, D], `token_count` INT32 [P, 1]."""
+    """One text a call, because texts differ in length; E parts of it are emphasised.
 
-    inputs = ("text",)
-    outputs = ("text_states", "token_count")
+    `text` BYTES [1, 1], `emphasis_range` INT32 [1, E, 2] (start and end in code points, end exclusive),
+    `emphasis_factor` FP32 [1, E] -> `text_states` FP32 [1, chunks * context_length, D], `token_count` and `chunk_count`
+    INT32 [1, 1].
+    """
+
+    inputs = ("text", "emphasis_range", "emphasis_factor")
+    outputs = ("text_states", "token_count", "chunk_count")
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         from sdmodels.text_encoder import TextEncoder
 
         encode = TextEncoder(engine_folder, device)
 
-        def run(text: Arrays) -> Arrays:
-            text_states, token_counts = encode([_utf8(row[0]) for row in text])
-            return text_states, token_counts[:, None]
+        def run(text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32]) -> Arrays:
+            emphasis = [(start, end, factor) for (start, end), factor in zip(ranges[0], factors[0], strict=True)]
+            text_states, *counts = encode(_utf8(text[0, 0]), emphasis)
+            token_count, chunk_count = (np.array([[count]], np.int32) for count in counts)
+            return text_states[None], token_count, chunk_count
 
         return run
 
 
 class UNetModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, 77, D] -> `prediction` [B, 4, h, w]."""
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)

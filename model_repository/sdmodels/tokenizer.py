@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from open_clip import SimpleTokenizer
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 # open_clip's tokenizer remembers every word that it has met. Beyond this many it is made anew.
 REMEMBERED_WORDS = 100_000
+# Byte-pair encoding takes time by the square of a word's length: a word of 10,000 letters would take seconds. A longer
+# word is read as several.
+LONGEST_WORD = 128
 
 
 class Tokenizer:
@@ -31,18 +35,13 @@ class Tokenizer:
             )
         self.start: int = self._bpe.sot_token_id
         self.end: int = self._bpe.eot_token_id
-        self._longest_token = max(len(token) for token in self._bpe.encoder)
+        (self.comma,) = self(",")
 
-    def __call__(self, text: str, most: int) -> list[int]:
-        """The tokens of a text without start and end. If it has more than `most`: more than `most`, of no meaning."""
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text, without start and end: open_clip's, where no word is longer than LONGEST_WORD."""
         if len(self._bpe.cache) > REMEMBERED_WORDS:
             self._bpe = self._new()
-        # A token stands for at most so many characters and the space before it.
-        fewest = -(-len(self._bpe.clean_fn(text)) // (self._longest_token + 1))
-        if fewest > most:
-            # Byte-pair encoding takes time by the square of a word's length: 10,000 letters would take seconds.
-            return [self.end] * fewest
-        tokens: list[int] = self._bpe.encode(text)
+        tokens: list[int] = self._bpe.encode(re.sub(rf"\S{{{LONGEST_WORD}}}", r"\g<0> ", text))
         return tokens
 
     def _new(self) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SCHEDULES = ("native", "karras")
+SCHEDULES = ("native", "karras", "exponential")
 ROLES = ("text_encoder", "unet", "vae_decoder")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -34,7 +34,7 @@ class Latents(_Data):
 
 
 class TextEncoder(_Data):
-    """Text states are [context_length, width] a prompt; start and end take two of the tokens."""
+    """Text states are [context_length, width] a chunk; start and end take two of its tokens."""
 
     context_length: Positive
     width: Positive
@@ -49,6 +49,7 @@ class Limits(_Data):
     size_multiple: Positive
     max_steps: Positive
     max_image_count: Positive
+    max_prompt_chunks: Positive
 
 
 class Defaults(_Data):
@@ -85,7 +86,7 @@ class Engine(_Data):
     limits: Limits
     defaults: Defaults
     license: License
-    # The most rows of one UNet call; `max_batch_size` of the engine's Triton models is at least this.
+    # The most rows of one UNet call; `max_batch_size` of the engine's UNet in Triton is at least this.
     max_batch_rows: Positive
     # File below the engine's folder -> SHA-256. Because they stand in the descriptor, its digest covers the weights.
     weights: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
@@ -96,7 +97,9 @@ class Engine(_Data):
         if self.defaults.sampler not in SAMPLERS:
             raise ValueError(f"defaults.sampler is {self.defaults.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
         if self.defaults.schedule not in SCHEDULES:
-            raise ValueError(f"defaults.schedule is {self.defaults.schedule!r}; it must be native or karras")
+            raise ValueError(
+                f"defaults.schedule is {self.defaults.schedule!r}; it must be one of {', '.join(SCHEDULES)}"
+            )
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
         if self.noise_schedule.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
@@ -104,11 +107,6 @@ class Engine(_Data):
         # Fails now, and not in a request, if the schedule has no room for so many steps.
         self.noise_schedule.native(self.limits.max_steps)
         return self
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Tokens of one prompt that fit beside the start and end tokens."""
-        return self.text_encoder.context_length - 2
 
     def model(self, role: str) -> str:
         """Name of the engine's Triton model for a role, such as `tiny-landscape.unet`."""
@@ -121,7 +119,8 @@ class Engine(_Data):
 
     def sigmas(self, schedule: str, steps: int) -> tuple[float, ...]:
         """[steps + 1] noise levels of a generation by one of SCHEDULES, decreasing to 0."""
-        return self.noise_schedule.karras(steps) if schedule == "karras" else self.noise_schedule.native(steps)
+        levels = self.noise_schedule
+        return {"native": levels.native, "karras": levels.karras, "exponential": levels.exponential}[schedule](steps)
 
     def padded_size(self, width: int, height: int) -> tuple[int, int]:
         """The size, in pixels, at which an image of this size is generated before it is cropped."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DOMAIN = "sdapi"
 
+# Details travel in a trailer, which gRPC limits to 16 KiB: this many violations are told, and how many more there are.
+MAX_VIOLATIONS = 30
+
 
 class RequestError(Exception):
     """A request that fails with a status that the caller can act on."""
@@ -57,8 +60,11 @@ class InvalidRequest(RequestError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, violations: Mapping[str, str]) -> None:
-        super().__init__("; ".join(f"{field}: {problem}" for field, problem in violations.items()))
-        self._violations = violations
+        told = dict(list(violations.items())[:MAX_VIOLATIONS])
+        more = len(violations) - len(told)
+        problems = [f"{field}: {problem}" for field, problem in told.items()] + [f"and {more} more"] * (more > 0)
+        super().__init__("; ".join(problems))
+        self._violations = told
 
     @property
     def violations(self) -> Mapping[str, str]:

@@ -31,6 +31,11 @@ class Guidance:
     scale: float
     interval: GuidanceInterval
 
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """[R] weights of the rows' predictions that make the conditional one, which scale 1 gives."""
+        return tuple(base + direction for base, direction in zip(self.base, self.direction, strict=True))
+
     def coefficients(self, step: int, steps: int) -> tuple[float, ...]:
         """[R] weights of the rows' predictions in a step, counted from 1.
 
@@ -42,24 +47,29 @@ class Guidance:
 
 
 def blend(
-    prompt_states: Array,
+    prompt_states: Sequence[Array],
     weights: Sequence[float],
     empty_states: Array,
     blending: Blending,
     scale: float,
     interval: GuidanceInterval,
 ) -> Guidance:
-    """Turns the prompts' text states, [P, tokens, width], their weights and the empty prompt's states into guidance.
+    """Turns the prompts' text states, each [tokens, width], their weights and the empty prompt's into guidance.
+
+    All rows are as long as the longest prompt: shorter ones are padded with the empty prompt's states, as A1111's
+    web UI does (modules/sd_hijack_clip.py).
 
     `text_encoder` averages text states within each sign. The unconditional branch moves from the empty prompt towards
     the negatives by min(1, sum of |negative| / sum of positive), so that "2 | -2" is a full negative prompt and a
-    small negative weight is a weak one. Never normalised over the signed sum, which may be 0.
+    small negative weight is a weak one. Without positives the empty prompt is the condition, with weight 1. Never
+    normalised over the signed sum, which may be 0.
 
     `composable` sums predictions: x0 = u + scale * sum_i w_i (x0_i - u) (Liu et al. 2022, arXiv:2206.01714).
     """
+    empty, *prompts = _equally_long([empty_states, *prompt_states], empty_states)
     if blending == "composable":
         return Guidance(
-            text_states=np.concatenate([empty_states[None], prompt_states]),
+            text_states=np.stack([empty, *prompts]),
             base=(1.0, *(0.0 for _ in weights)),
             direction=(-sum(weights), *weights),
             scale=scale,
@@ -67,11 +77,11 @@ def blend(
         )
     positives = [max(weight, 0.0) for weight in weights]
     negatives = [max(-weight, 0.0) for weight in weights]
-    condition = _mean(prompt_states, positives) if any(positives) else empty_states
-    unconditional = empty_states
+    condition = _mean(prompts, positives) if any(positives) else empty
+    unconditional = empty
     if any(negatives):
-        share = min(1.0, sum(negatives) / sum(positives)) if any(positives) else 1.0
-        unconditional = (1.0 - share) * empty_states + share * _mean(prompt_states, negatives)
+        share = min(1.0, sum(negatives) / (sum(positives) if any(positives) else 1.0))
+        unconditional = (1.0 - share) * empty + share * _mean(prompts, negatives)
     return Guidance(
         text_states=np.stack([unconditional, condition]).astype(np.float32),
         base=(1.0, 0.0),
@@ -81,6 +91,23 @@ def blend(
     )
 
 
-def _mean(states: Array, weights: Sequence[float]) -> NDArray[np.float64]:
+def _equally_long(states: Sequence[Array], padding: Array) -> list[Array]:
+    """Each [tokens, width], followed by as much padding [chunk, width] as makes all as long as the longest."""
+    length = max(len(array) for array in states)
+    return [np.concatenate([array, *[padding] * ((length - len(array)) // len(padding))]) for array in states]
+
+
+def rescaled(guided: Array, conditional: Array, guidance_rescale: float) -> Array:
+    """[C, h, w] the guided prediction with its contrast drawn towards that of the conditional one, wholly for 1.
+
+    Large scales spread predictions and so overexpose images: Lin et al. 2023 (arXiv:2305.08891), equations 14 to 16.
+    """
+    spread = float(guided.std())
+    if spread == 0:
+        return guided
+    return guided * (1 + guidance_rescale * (float(conditional.std()) / spread - 1))
+
+
+def _mean(states: Sequence[Array], weights: Sequence[float]) -> NDArray[np.float64]:
     mean: NDArray[np.float64] = np.average(states, axis=0, weights=weights)
     return mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,22 +14,23 @@ from numpy.typing import NDArray
 
 from sdserver import images
 from sdserver.errors import GenerationFailed, InvalidRequest, TimeLimit
-from sdserver.guidance import Guidance, blend
+from sdserver.guidance import Guidance, blend, rescaled
 from sdserver.noise import ImageNoise
 from sdserver.parameterization import c_in, denoised, initial_latents
-from sdserver.request import Accepted, Event, Finished, GenerationRequest, Image, Progress, Timings, Usage
-from sdserver.samplers import SAMPLERS
+from sdserver.request import Accepted, Event, Finished, GenerationRequest, Image, Progress, PromptUsage, Timings, Usage
+from sdserver.samplers import SAMPLERS, noise_options
 from sdserver.step_scheduler import Row, StepScheduler
+from sdserver.text_cache import TextCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
     from types import TracebackType
     from typing import Self
 
     from sdserver.admission import Admission
     from sdserver.backends import Backend
     from sdserver.engines import Engine
-    from sdserver.samplers import Sampler
+    from sdserver.samplers import Query, Sampler
 
 Array = NDArray[np.float32]
 
@@ -41,15 +42,22 @@ class Pipeline:
     """
 
     def __init__(
-        self, engines: Iterable[Engine], backend: Backend, admission: Admission, max_generation_seconds: float
+        self,
+        engines: Iterable[Engine],
+        backend: Backend,
+        admission: Admission,
+        max_generation_seconds: float,
+        text_cache_bytes: int,
     ) -> None:
         self._backend = backend
+        self._texts = TextCache(backend, text_cache_bytes)
         self._admission = admission
         self._max_generation_seconds = max_generation_seconds
         self._schedulers = {engine.id: _scheduler(engine, backend) for engine in engines}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        self._stack.push_async_callback(self._texts.close)
         for scheduler in self._schedulers.values():
             await self._stack.enter_async_context(scheduler)
         return self
@@ -65,11 +73,15 @@ class Pipeline:
         The work goes on while a reader is slow; of the progress it then sees only the latest.
         """
         with self._admission.enter() as place:
-            yield Accepted(request, place.position)
             arrival = time.monotonic()
+            async with self._time_limit():
+                guidance, prompt_usage = await self._encode(request)
+            encoded = time.monotonic()
+            yield Accepted(request, place.position, prompt_usage)
             await place.started()
             outbox = _Outbox()
-            generation = _Generation(request, self._backend, self._schedulers[request.engine.id], outbox, arrival)
+            scheduler = self._schedulers[request.engine.id]
+            generation = _Generation(request, guidance, self._backend, scheduler, outbox, arrival, encoded)
             work = asyncio.create_task(self._run(generation, outbox), name=f"generation {request.request_id}")
             try:
                 async with aclosing(outbox.events()) as events:
@@ -80,10 +92,47 @@ class Pipeline:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
 
+    async def _encode(self, request: GenerationRequest) -> tuple[Guidance, tuple[PromptUsage, ...]]:
+        engine, prompts = request.engine, request.prompts
+        empty, *encoded = await asyncio.gather(
+            self._texts.encode_text(engine, "", ()),
+            *(self._texts.encode_text(engine, prompt.text, prompt.emphasis) for prompt in prompts),
+        )
+        most = engine.limits.max_prompt_chunks
+        too_long = {
+            f"prompts[{index}].text": f"{text.tokens} tokens make {text.chunks} chunks; engine {engine.id} takes at "
+            f"most {most} of {engine.text_encoder.context_length - 2} tokens, so shorten it or split it into several "
+            "prompts"
+            for index, text in enumerate(encoded)
+            if text.chunks > most
+        }
+        if too_long:
+            raise InvalidRequest(too_long)
+        used = [
+            (text.states, prompt.weight) for text, prompt in zip(encoded, prompts, strict=True) if prompt.weight != 0
+        ]
+        guidance = blend(
+            [states for states, _ in used],
+            [weight for _, weight in used],
+            empty.states,
+            request.blending,
+            request.guidance_scale,
+            request.guidance_interval,
+        )
+        return guidance, tuple(PromptUsage(text.tokens, text.chunks) for text in encoded)
+
     async def _run(self, generation: _Generation, outbox: _Outbox) -> None:
         try:
-            async with asyncio.timeout(self._max_generation_seconds) as limit:
+            async with self._time_limit():
                 await generation.run()
+        finally:
+            outbox.close()
+
+    @asynccontextmanager
+    async def _time_limit(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._max_generation_seconds) as limit:
+                yield
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -91,8 +140,6 @@ class Pipeline:
                 f"the generation took longer than this server's limit of {self._max_generation_seconds:g} s; "
                 "ask for fewer steps, fewer images or a smaller size"
             ) from error
-        finally:
-            outbox.close()
 
 
 def _scheduler(engine: Engine, backend: Backend) -> StepScheduler:
@@ -132,27 +179,27 @@ class _Outbox:
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """The work of one request, from text to files."""
+    """The work of one request, from text states to files."""
 
     request: GenerationRequest
+    guidance: Guidance
     backend: Backend
     scheduler: StepScheduler
     outbox: _Outbox
     arrival: float
+    encoded: float
     unet_rows: int = 0
     completed: dict[int, int] = field(default_factory=dict)
 
     async def run(self) -> None:
         request = self.request
         started = time.monotonic()
-        guidance = await self._encode()
-        encoded = time.monotonic()
         self.completed = dict.fromkeys(range(request.image_count), 0)
         self.outbox.put(Progress(0, request.steps))
         tasks: list[asyncio.Task[float]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._image(index, guidance)) for index in range(request.image_count)]
+                tasks = [group.create_task(self._image(index)) for index in range(request.image_count)]
         except ExceptionGroup as failures:
             # One failure ends the request; its siblings were cancelled.
             raise failures.exceptions[0] from None
@@ -163,48 +210,27 @@ class _Generation:
             Finished(
                 Usage(request.image_count, self.unet_rows, self.unet_rows * width * height),
                 Timings(
-                    queue=started - self.arrival,
-                    encode=encoded - started,
-                    denoise=denoised_at - encoded,
+                    queue=started - self.encoded,
+                    encode=self.encoded - self.arrival,
+                    denoise=denoised_at - started,
                     decode=finished - denoised_at,
                     total=finished - self.arrival,
                 ),
             )
         )
 
-    async def _encode(self) -> Guidance:
-        request, engine = self.request, self.request.engine
-        prompts = [prompt for prompt in request.prompts if prompt.weight != 0]
-        text_states, token_counts = await self.backend.encode_text(engine, ["", *(prompt.text for prompt in prompts)])
-        counts = dict(zip((prompt.text for prompt in prompts), token_counts[1:], strict=True))
-        too_long = {
-            f"prompts[{index}].text": f"{counts[prompt.text]} tokens; engine {engine.id} takes at most "
-            f"{engine.max_prompt_tokens}, so shorten it or split it into several prompts"
-            for index, prompt in enumerate(request.prompts)
-            if prompt.weight != 0 and counts[prompt.text] > engine.max_prompt_tokens
-        }
-        if too_long:
-            raise InvalidRequest(too_long)
-        return blend(
-            text_states[1:],
-            [prompt.weight for prompt in prompts],
-            text_states[0],
-            request.blending,
-            request.guidance_scale,
-            request.guidance_interval,
-        )
-
-    async def _image(self, index: int, guidance: Guidance) -> float:
+    async def _image(self, index: int) -> float:
         """Makes one image; returns when its denoising ended, on the monotonic clock."""
         request, engine = self.request, self.request.engine
         width, height = engine.padded_size(request.width, request.height)
         scale = engine.latents.downsampling
         shape = engine.latents.channels, height // scale, width // scale
-        noise = ImageNoise(request.seed + index)
+        noise = ImageNoise(request.seeds[index])
         sigmas = engine.sigmas(request.schedule, request.steps)
         start = initial_latents(noise.initial(shape), sigmas[0])
-        sampler = SAMPLERS[request.sampler](start, sigmas, noise.steps(shape))
-        latents = await self._denoise(index, sampler, guidance)
+        options = {name: getattr(request, name) for name in noise_options(request.sampler)}
+        sampler = SAMPLERS[request.sampler](start, sigmas, noise.steps(shape), **options)
+        latents = await self._denoise(index, sampler)
         denoised_at = time.monotonic()
         if not np.isfinite(latents).all():
             raise GenerationFailed(
@@ -215,17 +241,16 @@ class _Generation:
         cropped = images.crop(pixels[0], request.width, request.height)
         data = await asyncio.to_thread(images.encode, cropped, request.output)
         self.outbox.put(
-            Image(index, request.seed + index, data, request.output.media_type, request.width, request.height)
+            Image(index, request.seeds[index], data, request.output.media_type, request.width, request.height)
         )
         return denoised_at
 
-    async def _denoise(self, index: int, sampler: Sampler, guidance: Guidance) -> Array:
+    async def _denoise(self, index: int, sampler: Sampler) -> Array:
         """Drives a sampler to its end; cancelling it falls between evaluations."""
         try:
             query = next(sampler)
             while True:
-                coefficients = guidance.coefficients(query.step, self.request.steps)
-                x0 = await self._guided(query.x, query.sigma, coefficients, guidance.text_states)
+                x0 = await self._guided(query)
                 step = query.step
                 query = sampler.send(x0)
                 if query.step > step:
@@ -235,18 +260,24 @@ class _Generation:
             latents: Array = end.value
             return latents
 
-    async def _guided(self, x: Array, sigma: float, coefficients: tuple[float, ...], text_states: Array) -> Array:
+    async def _guided(self, query: Query) -> Array:
         """x0 as the sum of the rows' predictions; rows that add nothing are not computed."""
-        engine = self.request.engine
-        timestep = engine.noise_schedule.timestep(sigma)
-        latents = x * c_in(sigma)
-        used = [(weight, states) for weight, states in zip(coefficients, text_states, strict=True) if weight != 0]
-        predictions = await self.scheduler.predict([Row(latents, timestep, states) for _, states in used])
-        self.unet_rows += len(used)
-        weights = np.array([weight for weight, _ in used], np.float32)
+        request, guidance, engine = self.request, self.guidance, self.request.engine
+        forms = [guidance.coefficients(query.step, request.steps)]
+        if request.guidance_rescale != 0 and forms[0] != guidance.conditional:
+            forms.append(guidance.conditional)
+        weights = np.array(forms, np.float32)
+        used = np.flatnonzero(weights.any(axis=0))
+        timestep = engine.noise_schedule.timestep(query.sigma)
+        latents = query.x * c_in(query.sigma)
+        rows = [Row(latents, timestep, guidance.text_states[row]) for row in used]
+        predictions = await self.scheduler.predict(rows)
+        self.unet_rows += len(rows)
         # x0 is affine in the prediction and the weights sum to 1, so guiding the predictions is guiding x0.
-        prediction = np.tensordot(weights, predictions, axes=1)
-        return denoised(prediction, x, sigma, engine.prediction_type)
+        prediction, *conditional = np.tensordot(weights[:, used], predictions, axes=1)
+        if conditional:
+            prediction = rescaled(prediction, conditional[0], request.guidance_rescale)
+        return denoised(prediction, query.x, query.sigma, engine.prediction_type)
 
     def _completed(self, index: int, step: int) -> None:
         before = min(self.completed.values())

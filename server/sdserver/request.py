@@ -13,11 +13,21 @@ BLENDINGS: tuple[Blending, ...] = ("text_encoder", "composable")
 
 
 @dataclass(frozen=True, slots=True)
+class Emphasis:
+    """The factor, 0 to 10, of the characters `start` to `end`, exclusive, of a prompt's text."""
+
+    start: int
+    end: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and its share; a negative weight makes a negative prompt."""
+    """A prompt and its share; a negative weight makes a negative prompt. Emphasis is in order and does not overlap."""
 
     text: str
     weight: float
+    emphasis: tuple[Emphasis, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +59,38 @@ class GenerationRequest:
     steps: int
     sampler: str
     schedule: str
-    seed: int
-    image_count: int
+    eta: float | None
+    """None where the sampler has none."""
+    churn: float | None
+    """None where the sampler has none."""
+    seeds: tuple[int, ...]
+    """The seed of each image."""
     guidance_scale: float
     guidance_interval: GuidanceInterval
+    guidance_rescale: float
     output: Output
+
+    @property
+    def image_count(self) -> int:
+        """Images to generate."""
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptUsage:
+    """Tokens of a prompt without start and end, and the chunks that they were encoded in."""
+
+    tokens: int
+    chunks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request has its place; `queue_position` requests have to finish first."""
+    """The request has its place; `queue_position` requests have to finish first. One usage for each prompt."""
 
     request: GenerationRequest
     queue_position: int
+    prompt_usage: tuple[PromptUsage, ...]
 
 
 @dataclass(frozen=True, slots=True)

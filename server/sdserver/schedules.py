@@ -106,6 +106,15 @@ class NoiseSchedule:
         greatest, least = self.sigmas[[-1, 0]] ** (1 / rho)
         return (*(np.linspace(greatest, least, steps) ** rho).tolist(), 0.0)
 
+    def exponential(self, steps: int) -> tuple[float, ...]:
+        """[steps + 1] noise levels from the greatest to the least of training, even in log(sigma), then 0.
+
+        Raises ValueError if `steps` is below 1.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps}: at least 1")
+        return (*np.geomspace(self.sigmas[-1], self.sigmas[0], steps).tolist(), 0.0)
+
     def _betas(self) -> NDArray[np.float64]:
         """[train_timesteps] noise variances of the training steps."""
         steps = self.train_timesteps

@@ -84,7 +84,13 @@ class Server:
         backend = self._given_backend or self._backend()
         self._stack.push_async_callback(backend.close)
         pipeline = await self._stack.enter_async_context(
-            Pipeline(self.catalog, backend, self.admission, settings.max_generation_seconds)
+            Pipeline(
+                self.catalog,
+                backend,
+                self.admission,
+                settings.max_generation_seconds,
+                settings.text_cache_mb * 1_000_000,
+            )
         )
         monitor = await self._stack.enter_async_context(
             HealthMonitor(self.catalog, backend, settings.health_interval_seconds)

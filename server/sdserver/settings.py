@@ -53,6 +53,9 @@ class ServeSettings(Settings):
     max_active: Count = Field(8, description="Generations that run at a time.")
     max_queued: Annotated[int, Field(ge=0)] = Field(64, description="Generations that may wait; more are refused.")
     max_generation_seconds: Seconds = Field(600.0, description="Time limit of one generation, without its wait.")
+    text_cache_mb: Annotated[int, Field(ge=0)] = Field(
+        64, description="Memory, in MB, for text states of prompts that may come again; 0 keeps none."
+    )
     send_timeout_seconds: Seconds = Field(30.0, description="How long a caller may leave its events unread.")
     health_interval_seconds: Seconds = Field(1.0, description="Time between two looks at the models.")
     drain_seconds: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")

@@ -15,6 +15,7 @@ from sdserver.images import DEFAULT_QUALITY, MEDIA_TYPES
 from sdserver.request import (
     BLENDINGS,
     Accepted,
+    Emphasis,
     Event,
     Finished,
     GenerationRequest,
@@ -24,7 +25,7 @@ from sdserver.request import (
     Progress,
     Prompt,
 )
-from sdserver.samplers import SAMPLERS
+from sdserver.samplers import SAMPLERS, noise_options, samplers_with
 
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
@@ -33,7 +34,10 @@ MAX_PROMPTS = 64
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_WEIGHT = 10.0
+MAX_EMPHASIS_RANGES = 256
+MAX_EMPHASIS_FACTOR = 10.0
 MAX_GUIDANCE_SCALE = 100.0
+MAX_CHURN = 100.0
 MAX_SEED = 2**63 - 1
 # Small enough to be read out, typed again and kept by languages whose numbers are doubles.
 MAX_CHOSEN_SEED = 2**32 - 1
@@ -105,7 +109,7 @@ class _Reader:
                 f"{width} x {height} is {width * height} pixels; engine {self._engine.id} makes at most "
                 f"{limits.max_pixels}"
             )
-        image_count = self._integer("image_count", 1, limits.max_image_count, 1)
+        sampler = self._enum("sampler", _SAMPLERS, defaults.sampler)
         request = GenerationRequest(
             request_id=self._request_id,
             engine=self._engine,
@@ -114,13 +118,14 @@ class _Reader:
             width=width,
             height=height,
             steps=self._integer("steps", 1, limits.max_steps, defaults.steps),
-            sampler=self._enum("sampler", _SAMPLERS, defaults.sampler),
+            sampler=sampler,
             schedule=self._enum("schedule", _SCHEDULES, defaults.schedule),
-            # The last image's seed has to be one, too.
-            seed=self._integer("seed", 0, MAX_SEED - max(image_count - 1, 0), secrets.randbelow(MAX_CHOSEN_SEED)),
-            image_count=image_count,
+            eta=self._noise_option("eta", 1.0, sampler),
+            churn=self._noise_option("churn", MAX_CHURN, sampler),
+            seeds=self._seeds(),
             guidance_scale=self._number("guidance_scale", 0.0, MAX_GUIDANCE_SCALE, defaults.guidance_scale),
             guidance_interval=self._guidance_interval(),
+            guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
             output=self._output(),
         )
         if message.request_id and not _is_printable(message.request_id):
@@ -179,10 +184,62 @@ class _Reader:
                     f"{len(prompt.text)} characters are too many; at most {MAX_PROMPT_CHARACTERS}"
                 )
             weight = prompt.weight if prompt.HasField("weight") else 1.0
-            read.append(Prompt(prompt.text, self._in_range(f"{path}.weight", weight, -MAX_WEIGHT, MAX_WEIGHT)))
+            weight = self._in_range(f"{path}.weight", weight, -MAX_WEIGHT, MAX_WEIGHT)
+            read.append(Prompt(prompt.text, weight, self._emphasis(f"{path}.emphasis", prompt)))
         if read and all(prompt.weight == 0 for prompt in read):
             self._violations["prompts"] = "every weight is 0; at least one prompt needs another"
         return tuple(read)
+
+    def _emphasis(self, path: str, prompt: generation_pb2.Prompt) -> tuple[Emphasis, ...]:
+        if len(prompt.emphasis) > MAX_EMPHASIS_RANGES:
+            self._violations[path] = f"{len(prompt.emphasis)} ranges are too many; at most {MAX_EMPHASIS_RANGES}"
+            return ()
+        read, position = [], 0
+        for index, part in enumerate(prompt.emphasis):
+            if part.start < position:
+                self._violations[f"{path}[{index}].start"] = (
+                    f"{part.start} is before {position}; ranges start at 0, are in order and do not overlap"
+                )
+            if not part.start < part.end <= len(prompt.text):
+                self._violations[f"{path}[{index}].end"] = (
+                    f"{part.end} is not from start + 1 to {len(prompt.text)}, the length of the text"
+                )
+            if not part.HasField("factor"):
+                self._violations[f"{path}[{index}].factor"] = "is missing; 1 changes nothing"
+            self._in_range(f"{path}[{index}].factor", part.factor, 0.0, MAX_EMPHASIS_FACTOR)
+            read.append(Emphasis(part.start, part.end, part.factor))
+            position = max(position, part.end)
+        return tuple(read)
+
+    def _noise_option(self, field: str, most: float, sampler: str) -> float | None:
+        options = noise_options(sampler)
+        if field in options:
+            return self._number(field, 0.0, most, options[field])
+        if self._message.HasField(field):
+            having = ", ".join(samplers_with(field))
+            self._violations[field] = f"sampler {sampler} has no {field}; leave it out or choose one of {having}"
+        return None
+
+    def _seeds(self) -> tuple[int, ...]:
+        message, most = self._message, self._engine.limits.max_image_count
+        if not message.seeds:
+            image_count = self._integer("image_count", 1, most, 1)
+            if "image_count" in self._violations:
+                image_count = 1
+            # The last image's seed has to be one, too.
+            seed = self._integer("seed", 0, MAX_SEED - (image_count - 1), secrets.randbelow(MAX_CHOSEN_SEED))
+            return tuple(range(seed, seed + image_count))
+        if message.HasField("seed"):
+            self._violations["seed"] = "not together with seeds; leave one of them out"
+        if message.HasField("image_count") and message.image_count != len(message.seeds):
+            self._violations["image_count"] = f"{message.image_count} is not {len(message.seeds)}, the number of seeds"
+        if len(message.seeds) > most:
+            self._violations["seeds"] = f"{len(message.seeds)} images are too many; at most {most}"
+            return ()
+        for index, seed in enumerate(message.seeds):
+            if seed < 0:
+                self._violations[f"seeds[{index}]"] = f"{seed} is too small; at least 0"
+        return tuple(message.seeds)
 
     def _guidance_interval(self) -> GuidanceInterval:
         interval = self._message.guidance_interval
@@ -219,22 +276,39 @@ def _is_printable(text: str) -> bool:
 
 def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
     """The resolved request as a message: sending it again gives the same images."""
+    first, count = request.seeds[0], request.image_count
+    # One seed says it all, if the others count up from it.
+    one_seed = request.seeds == tuple(range(first, first + count))
     return generation_pb2.GenerateRequest(
         request_id=request.request_id,
         engine=request.engine.id,
-        prompts=[generation_pb2.Prompt(text=prompt.text, weight=prompt.weight) for prompt in request.prompts],
+        prompts=[
+            generation_pb2.Prompt(
+                text=prompt.text,
+                weight=prompt.weight,
+                emphasis=[
+                    generation_pb2.Emphasis(start=part.start, end=part.end, factor=part.factor)
+                    for part in prompt.emphasis
+                ],
+            )
+            for prompt in request.prompts
+        ],
         blending=_BLENDINGS.number(request.blending),  # type: ignore[arg-type]
         width=request.width,
         height=request.height,
         steps=request.steps,
         sampler=_SAMPLERS.number(request.sampler),  # type: ignore[arg-type]
         schedule=_SCHEDULES.number(request.schedule),  # type: ignore[arg-type]
-        seed=request.seed,
-        image_count=request.image_count,
+        seed=first if one_seed else None,
+        seeds=() if one_seed else request.seeds,
+        image_count=count,
+        eta=request.eta,
+        churn=request.churn,
         guidance_scale=request.guidance_scale,
         guidance_interval=generation_pb2.GuidanceInterval(
             start=request.guidance_interval.start, end=request.guidance_interval.end
         ),
+        guidance_rescale=request.guidance_rescale,
         output=generation_pb2.Output(media_type=request.output.media_type, quality=request.output.quality),
     )
 
@@ -245,7 +319,12 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
         case Accepted():
             return generation_pb2.GenerateResponse(
                 accepted=generation_pb2.Accepted(
-                    request=from_request(event.request), queue_position=event.queue_position
+                    request=from_request(event.request),
+                    queue_position=event.queue_position,
+                    prompt_usage=[
+                        generation_pb2.PromptUsage(tokens=usage.tokens, chunks=usage.chunks)
+                        for usage in event.prompt_usage
+                    ],
                 )
             )
         case Progress():
@@ -304,6 +383,8 @@ def from_engine(engine: Engine, ready: bool) -> engine_pb2.Engine:
         schedules=[_SCHEDULES.number(name) for name in SCHEDULES],  # type: ignore[misc]
         media_types=list(MEDIA_TYPES),
         license=engine_pb2.License(**engine.license.model_dump()),
+        eta_samplers=[_SAMPLERS.number(name) for name in samplers_with("eta")],  # type: ignore[misc]
+        churn_samplers=[_SAMPLERS.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
     )
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,8 @@ class Engine(_message.Message):
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     MEDIA_TYPES_FIELD_NUMBER: _ClassVar[int]
     LICENSE_FIELD_NUMBER: _ClassVar[int]
+    ETA_SAMPLERS_FIELD_NUMBER: _ClassVar[int]
+    CHURN_SAMPLERS_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     description: str
@@ -35,23 +37,27 @@ class Engine(_message.Message):
     schedules: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Schedule]
     media_types: _containers.RepeatedScalarFieldContainer[str]
     license: License
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ...) -> None: ...
+    eta_samplers: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Sampler]
+    churn_samplers: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Sampler]
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ...) -> None: ...
 
 class EngineLimits(_message.Message):
-    __slots__ = ("min_size", "max_size", "max_pixels", "size_multiple", "max_steps", "max_image_count")
+    __slots__ = ("min_size", "max_size", "max_pixels", "size_multiple", "max_steps", "max_image_count", "max_prompt_chunks")
     MIN_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     SIZE_MULTIPLE_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     min_size: int
     max_size: int
     max_pixels: int
     size_multiple: int
     max_steps: int
     max_image_count: int
-    def __init__(self, min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., max_pixels: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_image_count: _Optional[int] = ...) -> None: ...
+    max_prompt_chunks: int
+    def __init__(self, min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., max_pixels: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_image_count: _Optional[int] = ..., max_prompt_chunks: _Optional[int] = ...) -> None: ...
 
 class EngineDefaults(_message.Message):
     __slots__ = ("width", "height", "steps", "guidance_scale", "sampler", "schedule")

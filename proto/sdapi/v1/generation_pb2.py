@@ -27,51 +27,55 @@ from sdapi.v1 import engine_pb2 as sdapi_dot_v1_dot_engine__pb2
 from sdapi.v1 import sampling_pb2 as sdapi_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sdapi/v1/generation.proto\x12\x08sdapi.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15sdapi/v1/engine.proto\x1a\x17sdapi/v1/sampling.proto\"\x94\x05\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12!\n\x07prompts\x18\x03 \x03(\x0b\x32\x10.sdapi.v1.Prompt\x12$\n\x08\x62lending\x18\x04 \x01(\x0e\x32\x12.sdapi.v1.Blending\x12\x12\n\x05width\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06height\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\"\n\x07sampler\x18\x08 \x01(\x0e\x32\x11.sdapi.v1.Sampler\x12$\n\x08schedule\x18\t \x01(\x0e\x32\x12.sdapi.v1.Schedule\x12\x11\n\x04seed\x18\n \x01(\x03H\x03\x88\x01\x01\x12\x18\n\x0bimage_count\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x0c \x01(\x02H\x05\x88\x01\x01\x12\x35\n\x11guidance_interval\x18\r \x01(\x0b\x32\x1a.sdapi.v1.GuidanceInterval\x12-\n\rclip_guidance\x18\x0e \x01(\x0b\x32\x16.sdapi.v1.ClipGuidance\x12\'\n\ninit_image\x18\x0f \x01(\x0b\x32\x13.sdapi.v1.InitImage\x12\x1c\n\x04mask\x18\x10 \x01(\x0b\x32\x0e.sdapi.v1.Mask\x12 \n\x06output\x18\x11 \x01(\x0b\x32\x10.sdapi.v1.Output\x12)\n\x07preview\x18\x12 \x01(\x0b\x32\x18.sdapi.v1.PreviewOptionsB\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x11\n\x0f_guidance_scale\"6\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"J\n\x10GuidanceInterval\x12\x12\n\x05start\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_end\"\x96\x01\n\x0c\x43lipGuidance\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07\x63utouts\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05start\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x0e\n\x06prompt\x18\x05 \x01(\tB\x08\n\x06_scaleB\n\n\x08_cutoutsB\x08\n\x06_startB\x06\n\x04_end\"=\n\tInitImage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x15\n\x08strength\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0b\n\t_strength\"\x14\n\x04Mask\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\">\n\x06Output\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\":\n\x0ePreviewOptions\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_every_steps\"\xdb\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.sdapi.v1.AcceptedH\x00\x12&\n\x08progress\x18\x02 \x01(\x0b\x32\x12.sdapi.v1.ProgressH\x00\x12$\n\x07preview\x18\x03 \x01(\x0b\x32\x11.sdapi.v1.PreviewH\x00\x12 \n\x05image\x18\x04 \x01(\x0b\x32\x0f.sdapi.v1.ImageH\x00\x12&\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x12.sdapi.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"N\n\x08\x41\x63\x63\x65pted\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.sdapi.v1.GenerateRequest\x12\x16\n\x0equeue_position\x18\x02 \x01(\x05\"\'\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05steps\x18\x02 \x01(\x05\"g\n\x07Preview\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"e\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"N\n\x08\x46inished\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.sdapi.v1.Usage\x12\"\n\x07timings\x18\x02 \x01(\x0b\x32\x11.sdapi.v1.Timings\"D\n\x05Usage\x12\x13\n\x0bimage_count\x18\x01 \x01(\x05\x12\x11\n\tunet_rows\x18\x02 \x01(\x03\x12\x13\n\x0bpixel_steps\x18\x03 \x01(\x03\"\xdf\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12ListEnginesRequest\"8\n\x13ListEnginesResponse\x12!\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x10.sdapi.v1.Engine*X\n\x08\x42lending\x12\x18\n\x14\x42LENDING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x42LENDING_TEXT_ENCODER\x10\x01\x12\x17\n\x13\x42LENDING_COMPOSABLE\x10\x02\x32\xa4\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.sdapi.v1.GenerateRequest\x1a\x1a.sdapi.v1.GenerateResponse0\x01\x12J\n\x0bListEngines\x12\x1c.sdapi.v1.ListEnginesRequest\x1a\x1d.sdapi.v1.ListEnginesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sdapi/v1/generation.proto\x12\x08sdapi.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15sdapi/v1/engine.proto\x1a\x17sdapi/v1/sampling.proto\"\x8f\x06\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12!\n\x07prompts\x18\x03 \x03(\x0b\x32\x10.sdapi.v1.Prompt\x12$\n\x08\x62lending\x18\x04 \x01(\x0e\x32\x12.sdapi.v1.Blending\x12\x12\n\x05width\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06height\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\"\n\x07sampler\x18\x08 \x01(\x0e\x32\x11.sdapi.v1.Sampler\x12$\n\x08schedule\x18\t \x01(\x0e\x32\x12.sdapi.v1.Schedule\x12\x11\n\x04seed\x18\n \x01(\x03H\x03\x88\x01\x01\x12\x18\n\x0bimage_count\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x0c \x01(\x02H\x05\x88\x01\x01\x12\x35\n\x11guidance_interval\x18\r \x01(\x0b\x32\x1a.sdapi.v1.GuidanceInterval\x12-\n\rclip_guidance\x18\x0e \x01(\x0b\x32\x16.sdapi.v1.ClipGuidance\x12\'\n\ninit_image\x18\x0f \x01(\x0b\x32\x13.sdapi.v1.InitImage\x12\x1c\n\x04mask\x18\x10 \x01(\x0b\x32\x0e.sdapi.v1.Mask\x12 \n\x06output\x18\x11 \x01(\x0b\x32\x10.sdapi.v1.Output\x12)\n\x07preview\x18\x12 \x01(\x0b\x32\x18.sdapi.v1.PreviewOptions\x12\x10\n\x03\x65ta\x18\x13 \x01(\x02H\x06\x88\x01\x01\x12\x12\n\x05\x63hurn\x18\x14 \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10guidance_rescale\x18\x15 \x01(\x02H\x08\x88\x01\x01\x12\r\n\x05seeds\x18\x16 \x03(\x03\x42\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x11\n\x0f_guidance_scaleB\x06\n\x04_etaB\x08\n\x06_churnB\x13\n\x11_guidance_rescale\"\\\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12$\n\x08\x65mphasis\x18\x03 \x03(\x0b\x32\x12.sdapi.v1.EmphasisB\t\n\x07_weight\"F\n\x08\x45mphasis\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\x12\x13\n\x06\x66\x61\x63tor\x18\x03 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_factor\"J\n\x10GuidanceInterval\x12\x12\n\x05start\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_end\"\x96\x01\n\x0c\x43lipGuidance\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07\x63utouts\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05start\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x0e\n\x06prompt\x18\x05 \x01(\tB\x08\n\x06_scaleB\n\n\x08_cutoutsB\x08\n\x06_startB\x06\n\x04_end\"=\n\tInitImage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x15\n\x08strength\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0b\n\t_strength\"\x14\n\x04Mask\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\">\n\x06Output\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\":\n\x0ePreviewOptions\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_every_steps\"\xdb\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.sdapi.v1.AcceptedH\x00\x12&\n\x08progress\x18\x02 \x01(\x0b\x32\x12.sdapi.v1.ProgressH\x00\x12$\n\x07preview\x18\x03 \x01(\x0b\x32\x11.sdapi.v1.PreviewH\x00\x12 \n\x05image\x18\x04 \x01(\x0b\x32\x0f.sdapi.v1.ImageH\x00\x12&\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x12.sdapi.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"{\n\x08\x41\x63\x63\x65pted\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.sdapi.v1.GenerateRequest\x12\x16\n\x0equeue_position\x18\x02 \x01(\x05\x12+\n\x0cprompt_usage\x18\x03 \x03(\x0b\x32\x15.sdapi.v1.PromptUsage\"-\n\x0bPromptUsage\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x0e\n\x06\x63hunks\x18\x02 \x01(\x05\"\'\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05steps\x18\x02 \x01(\x05\"g\n\x07Preview\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"e\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"N\n\x08\x46inished\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.sdapi.v1.Usage\x12\"\n\x07timings\x18\x02 \x01(\x0b\x32\x11.sdapi.v1.Timings\"D\n\x05Usage\x12\x13\n\x0bimage_count\x18\x01 \x01(\x05\x12\x11\n\tunet_rows\x18\x02 \x01(\x03\x12\x13\n\x0bpixel_steps\x18\x03 \x01(\x03\"\xdf\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12ListEnginesRequest\"8\n\x13ListEnginesResponse\x12!\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x10.sdapi.v1.Engine*X\n\x08\x42lending\x12\x18\n\x14\x42LENDING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x42LENDING_TEXT_ENCODER\x10\x01\x12\x17\n\x13\x42LENDING_COMPOSABLE\x10\x02\x32\xa4\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.sdapi.v1.GenerateRequest\x1a\x1a.sdapi.v1.GenerateResponse0\x01\x12J\n\x0bListEngines\x12\x1c.sdapi.v1.ListEnginesRequest\x1a\x1d.sdapi.v1.ListEnginesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdapi.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BLENDING']._serialized_start=2283
-  _globals['_BLENDING']._serialized_end=2371
+  _globals['_BLENDING']._serialized_start=2608
+  _globals['_BLENDING']._serialized_end=2696
   _globals['_GENERATEREQUEST']._serialized_start=120
-  _globals['_GENERATEREQUEST']._serialized_end=780
-  _globals['_PROMPT']._serialized_start=782
-  _globals['_PROMPT']._serialized_end=836
-  _globals['_GUIDANCEINTERVAL']._serialized_start=838
-  _globals['_GUIDANCEINTERVAL']._serialized_end=912
-  _globals['_CLIPGUIDANCE']._serialized_start=915
-  _globals['_CLIPGUIDANCE']._serialized_end=1065
-  _globals['_INITIMAGE']._serialized_start=1067
-  _globals['_INITIMAGE']._serialized_end=1128
-  _globals['_MASK']._serialized_start=1130
-  _globals['_MASK']._serialized_end=1150
-  _globals['_OUTPUT']._serialized_start=1152
-  _globals['_OUTPUT']._serialized_end=1214
-  _globals['_PREVIEWOPTIONS']._serialized_start=1216
-  _globals['_PREVIEWOPTIONS']._serialized_end=1274
-  _globals['_GENERATERESPONSE']._serialized_start=1277
-  _globals['_GENERATERESPONSE']._serialized_end=1496
-  _globals['_ACCEPTED']._serialized_start=1498
-  _globals['_ACCEPTED']._serialized_end=1576
-  _globals['_PROGRESS']._serialized_start=1578
-  _globals['_PROGRESS']._serialized_end=1617
-  _globals['_PREVIEW']._serialized_start=1619
-  _globals['_PREVIEW']._serialized_end=1722
-  _globals['_IMAGE']._serialized_start=1724
-  _globals['_IMAGE']._serialized_end=1825
-  _globals['_FINISHED']._serialized_start=1827
-  _globals['_FINISHED']._serialized_end=1905
-  _globals['_USAGE']._serialized_start=1907
-  _globals['_USAGE']._serialized_end=1975
-  _globals['_TIMINGS']._serialized_start=1978
-  _globals['_TIMINGS']._serialized_end=2201
-  _globals['_LISTENGINESREQUEST']._serialized_start=2203
-  _globals['_LISTENGINESREQUEST']._serialized_end=2223
-  _globals['_LISTENGINESRESPONSE']._serialized_start=2225
-  _globals['_LISTENGINESRESPONSE']._serialized_end=2281
-  _globals['_GENERATIONSERVICE']._serialized_start=2374
-  _globals['_GENERATIONSERVICE']._serialized_end=2538
+  _globals['_GENERATEREQUEST']._serialized_end=903
+  _globals['_PROMPT']._serialized_start=905
+  _globals['_PROMPT']._serialized_end=997
+  _globals['_EMPHASIS']._serialized_start=999
+  _globals['_EMPHASIS']._serialized_end=1069
+  _globals['_GUIDANCEINTERVAL']._serialized_start=1071
+  _globals['_GUIDANCEINTERVAL']._serialized_end=1145
+  _globals['_CLIPGUIDANCE']._serialized_start=1148
+  _globals['_CLIPGUIDANCE']._serialized_end=1298
+  _globals['_INITIMAGE']._serialized_start=1300
+  _globals['_INITIMAGE']._serialized_end=1361
+  _globals['_MASK']._serialized_start=1363
+  _globals['_MASK']._serialized_end=1383
+  _globals['_OUTPUT']._serialized_start=1385
+  _globals['_OUTPUT']._serialized_end=1447
+  _globals['_PREVIEWOPTIONS']._serialized_start=1449
+  _globals['_PREVIEWOPTIONS']._serialized_end=1507
+  _globals['_GENERATERESPONSE']._serialized_start=1510
+  _globals['_GENERATERESPONSE']._serialized_end=1729
+  _globals['_ACCEPTED']._serialized_start=1731
+  _globals['_ACCEPTED']._serialized_end=1854
+  _globals['_PROMPTUSAGE']._serialized_start=1856
+  _globals['_PROMPTUSAGE']._serialized_end=1901
+  _globals['_PROGRESS']._serialized_start=1903
+  _globals['_PROGRESS']._serialized_end=1942
+  _globals['_PREVIEW']._serialized_start=1944
+  _globals['_PREVIEW']._serialized_end=2047
+  _globals['_IMAGE']._serialized_start=2049
+  _globals['_IMAGE']._serialized_end=2150
+  _globals['_FINISHED']._serialized_start=2152
+  _globals['_FINISHED']._serialized_end=2230
+  _globals['_USAGE']._serialized_start=2232
+  _globals['_USAGE']._serialized_end=2300
+  _globals['_TIMINGS']._serialized_start=2303
+  _globals['_TIMINGS']._serialized_end=2526
+  _globals['_LISTENGINESREQUEST']._serialized_start=2528
+  _globals['_LISTENGINESREQUEST']._serialized_end=2548
+  _globals['_LISTENGINESRESPONSE']._serialized_start=2550
+  _globals['_LISTENGINESRESPONSE']._serialized_end=2606
+  _globals['_GENERATIONSERVICE']._serialized_start=2699
+  _globals['_GENERATIONSERVICE']._serialized_end=2863
 # @@protoc_insertion_point(module_scope)

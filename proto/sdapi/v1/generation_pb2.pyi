@@ -22,7 +22,7 @@ BLENDING_TEXT_ENCODER: Blending
 BLENDING_COMPOSABLE: Blending
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview")
+    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,10 @@ class GenerateRequest(_message.Message):
     MASK_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    CHURN_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     engine: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
@@ -59,15 +63,31 @@ class GenerateRequest(_message.Message):
     mask: Mask
     output: Output
     preview: PreviewOptions
-    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ...) -> None: ...
+    eta: float
+    churn: float
+    guidance_rescale: float
+    seeds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("text", "weight")
+    __slots__ = ("text", "weight", "emphasis")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    EMPHASIS_FIELD_NUMBER: _ClassVar[int]
     text: str
     weight: float
-    def __init__(self, text: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    emphasis: _containers.RepeatedCompositeFieldContainer[Emphasis]
+    def __init__(self, text: _Optional[str] = ..., weight: _Optional[float] = ..., emphasis: _Optional[_Iterable[_Union[Emphasis, _Mapping]]] = ...) -> None: ...
+
+class Emphasis(_message.Message):
+    __slots__ = ("start", "end", "factor")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    factor: float
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., factor: _Optional[float] = ...) -> None: ...
 
 class GuidanceInterval(_message.Message):
     __slots__ = ("start", "end")
@@ -134,12 +154,22 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request", "queue_position")
+    __slots__ = ("request", "queue_position", "prompt_usage")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_USAGE_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     queue_position: int
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., queue_position: _Optional[int] = ...) -> None: ...
+    prompt_usage: _containers.RepeatedCompositeFieldContainer[PromptUsage]
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., queue_position: _Optional[int] = ..., prompt_usage: _Optional[_Iterable[_Union[PromptUsage, _Mapping]]] = ...) -> None: ...
+
+class PromptUsage(_message.Message):
+    __slots__ = ("tokens", "chunks")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    chunks: int
+    def __init__(self, tokens: _Optional[int] = ..., chunks: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "steps")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sdapi/v1/sampling.proto\x12\x08sdapi.v1*\xb9\x01\n\x07Sampler\x12\x17\n\x13SAMPLER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSAMPLER_DDIM\x10\x01\x12\x11\n\rSAMPLER_EULER\x10\x02\x12\x1b\n\x17SAMPLER_EULER_ANCESTRAL\x10\x03\x12\x10\n\x0cSAMPLER_HEUN\x10\x04\x12\x14\n\x10SAMPLER_DPMPP_2M\x10\x05\x12\x18\n\x14SAMPLER_DPMPP_2M_SDE\x10\x06\x12\x11\n\rSAMPLER_UNIPC\x10\x07*N\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSCHEDULE_NATIVE\x10\x01\x12\x13\n\x0fSCHEDULE_KARRAS\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sdapi/v1/sampling.proto\x12\x08sdapi.v1*\xec\x02\n\x07Sampler\x12\x17\n\x13SAMPLER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSAMPLER_DDIM\x10\x01\x12\x11\n\rSAMPLER_EULER\x10\x02\x12\x1b\n\x17SAMPLER_EULER_ANCESTRAL\x10\x03\x12\x10\n\x0cSAMPLER_HEUN\x10\x04\x12\x14\n\x10SAMPLER_DPMPP_2M\x10\x05\x12\x18\n\x14SAMPLER_DPMPP_2M_SDE\x10\x06\x12\x11\n\rSAMPLER_UNIPC\x10\x07\x12\x10\n\x0cSAMPLER_DDPM\x10\x08\x12\x10\n\x0cSAMPLER_DPM2\x10\t\x12\x1a\n\x16SAMPLER_DPM2_ANCESTRAL\x10\n\x12\x0f\n\x0bSAMPLER_LMS\x10\x0b\x12\x1e\n\x1aSAMPLER_DPMPP_2S_ANCESTRAL\x10\x0c\x12\x15\n\x11SAMPLER_DPMPP_SDE\x10\r\x12\x18\n\x14SAMPLER_DPMPP_3M_SDE\x10\x0e\x12\x0f\n\x0bSAMPLER_LCM\x10\x0f*h\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSCHEDULE_NATIVE\x10\x01\x12\x13\n\x0fSCHEDULE_KARRAS\x10\x02\x12\x18\n\x14SCHEDULE_EXPONENTIAL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdapi.v1.sampling_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLER']._serialized_start=38
-  _globals['_SAMPLER']._serialized_end=223
-  _globals['_SCHEDULE']._serialized_start=225
-  _globals['_SCHEDULE']._serialized_end=303
+  _globals['_SAMPLER']._serialized_end=402
+  _globals['_SCHEDULE']._serialized_start=404
+  _globals['_SCHEDULE']._serialized_end=508
 # @@protoc_insertion_point(module_scope)

@@ -14,12 +14,21 @@ class Sampler(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SAMPLER_DPMPP_2M: _ClassVar[Sampler]
     SAMPLER_DPMPP_2M_SDE: _ClassVar[Sampler]
     SAMPLER_UNIPC: _ClassVar[Sampler]
+    SAMPLER_DDPM: _ClassVar[Sampler]
+    SAMPLER_DPM2: _ClassVar[Sampler]
+    SAMPLER_DPM2_ANCESTRAL: _ClassVar[Sampler]
+    SAMPLER_LMS: _ClassVar[Sampler]
+    SAMPLER_DPMPP_2S_ANCESTRAL: _ClassVar[Sampler]
+    SAMPLER_DPMPP_SDE: _ClassVar[Sampler]
+    SAMPLER_DPMPP_3M_SDE: _ClassVar[Sampler]
+    SAMPLER_LCM: _ClassVar[Sampler]
 
 class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCHEDULE_UNSPECIFIED: _ClassVar[Schedule]
     SCHEDULE_NATIVE: _ClassVar[Schedule]
     SCHEDULE_KARRAS: _ClassVar[Schedule]
+    SCHEDULE_EXPONENTIAL: _ClassVar[Schedule]
 SAMPLER_UNSPECIFIED: Sampler
 SAMPLER_DDIM: Sampler
 SAMPLER_EULER: Sampler
@@ -28,6 +37,15 @@ SAMPLER_HEUN: Sampler
 SAMPLER_DPMPP_2M: Sampler
 SAMPLER_DPMPP_2M_SDE: Sampler
 SAMPLER_UNIPC: Sampler
+SAMPLER_DDPM: Sampler
+SAMPLER_DPM2: Sampler
+SAMPLER_DPM2_ANCESTRAL: Sampler
+SAMPLER_LMS: Sampler
+SAMPLER_DPMPP_2S_ANCESTRAL: Sampler
+SAMPLER_DPMPP_SDE: Sampler
+SAMPLER_DPMPP_3M_SDE: Sampler
+SAMPLER_LCM: Sampler
 SCHEDULE_UNSPECIFIED: Schedule
 SCHEDULE_NATIVE: Schedule
 SCHEDULE_KARRAS: Schedule
+SCHEDULE_EXPONENTIAL: Schedule

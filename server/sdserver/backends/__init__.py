@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sdserver.engines import Engine
+    from sdserver.request import Emphasis
 
 Floats = NDArray[np.float32]
-Integers = NDArray[np.int32]
 Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedText:
+    """[chunks * context_length, width] text states, and how many tokens, without start and end, and chunks they are of.
+
+    A text with more chunks than the engine takes has states that must not be used.
+    """
+
+    states: Floats
+    tokens: int
+    chunks: int
 
 
 class Backend(Protocol):
@@ -24,9 +35,8 @@ class Backend(Protocol):
     them fails; cancelling a call withdraws it where it runs.
     """
 
-    async def encode_text(self, engine: Engine, texts: Sequence[str]) -> tuple[Floats, Integers]:
-        """[P, tokens, width] text states, penultimate layer of the text tower, and [P] token counts without start and
-        end; a text with more tokens than the engine takes has states that must not be used."""
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+        """Text states from the penultimate layer of the text tower, emphasis applied."""
         ...
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:

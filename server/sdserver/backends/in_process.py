@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import structlog
 
+from sdserver.backends import EncodedText
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from sdmodels.text_encoder import TextEncoder
     from sdmodels.unet import UNet
     from sdmodels.vae import VaeDecoder
 
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Floats, Pixels
     from sdserver.engines import Catalog, Engine
+    from sdserver.request import Emphasis
 
 log = structlog.get_logger()
 
@@ -48,8 +50,9 @@ class InProcessBackend:
             for engine in catalog
         ]
 
-    async def encode_text(self, engine: Engine, texts: Sequence[str]) -> tuple[Floats, Integers]:
-        return await self._run(engine, "text_encoder", self._loaded(engine).text_encoder, list(texts))
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+        ranges = [(part.start, part.end, part.factor) for part in emphasis]
+        return EncodedText(*await self._run(engine, "text_encoder", self._loaded(engine).text_encoder, text, ranges))
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         return await self._run(engine, "unet", self._loaded(engine).unet, latents, timesteps, text_states)

@@ -11,15 +11,15 @@ from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from sdserver.backends import EncodedText
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Floats, Pixels
     from sdserver.engines import Engine
+    from sdserver.request import Emphasis
 
 log = structlog.get_logger()
 
@@ -47,12 +47,16 @@ class TritonBackend:
         self._client = InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
         self._reloads: dict[str, asyncio.Task[None]] = {}
 
-    async def encode_text(self, engine: Engine, texts: Sequence[str]) -> tuple[Floats, Integers]:
-        encoded = np.array([[text.encode()] for text in texts], dtype=object)
-        text_states, token_count = await self._infer(
-            engine.model("text_encoder"), {"text": encoded}, ("text_states", "token_count")
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+        inputs = {
+            "text": np.array([[text.encode()]], dtype=object),
+            "emphasis_range": np.array([(part.start, part.end) for part in emphasis], np.int32).reshape(1, -1, 2),
+            "emphasis_factor": np.array([[part.factor for part in emphasis]], np.float32),
+        }
+        text_states, token_count, chunk_count = await self._infer(
+            engine.model("text_encoder"), inputs, ("text_states", "token_count", "chunk_count")
         )
-        return text_states, token_count[:, 0]
+        return EncodedText(text_states[0], int(token_count[0, 0]), int(chunk_count[0, 0]))
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}

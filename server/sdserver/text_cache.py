@@ -1,0 +1,83 @@
+"""Text states that were computed before: a repeated prompt costs no call of the text encoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdserver.backends import Backend, EncodedText
+    from sdserver.engines import Engine
+    from sdserver.request import Emphasis
+
+    Key = tuple[str, str, tuple[Emphasis, ...]]
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of the text encoder, and how many callers wait for it."""
+
+    task: asyncio.Task[EncodedText]
+    waiting: int = 0
+
+
+class TextCache:
+    """Text states by engine digest, text and emphasis; the least recently used go first. Weights are not part of them.
+
+    Holds at most `max_bytes` of states. Callers that ask for the same text at the same time share one call.
+    """
+
+    def __init__(self, backend: Backend, max_bytes: int) -> None:
+        self._backend = backend
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._known: OrderedDict[Key, EncodedText] = OrderedDict()
+        self._running: dict[Key, _Call] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the states that are held now."""
+        return self._bytes
+
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+        """What the backend's `encode_text` gives, with its errors; errors are not remembered.
+
+        When the last caller that waits for a call is cancelled, so is the call.
+        """
+        key = (engine.digest, text, emphasis)
+        if (known := self._known.get(key)) is not None:
+            self._known.move_to_end(key)
+            return known
+        call = self._running.get(key)
+        if call is None:
+            call = _Call(asyncio.create_task(self._encode(key, engine), name="encode text"))
+            self._running[key] = call
+        call.waiting += 1
+        try:
+            return await asyncio.shield(call.task)
+        finally:
+            call.waiting -= 1
+            if call.waiting == 0:
+                del self._running[key]
+                call.task.cancel()
+
+    async def close(self) -> None:
+        """Cancels the calls that run; whoever waits for one is cancelled, too."""
+        tasks = [call.task for call in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _encode(self, key: Key, engine: Engine) -> EncodedText:
+        _, text, emphasis = key
+        encoded = await self._backend.encode_text(engine, text, emphasis)
+        # Callers share the array.
+        encoded.states.flags.writeable = False
+        self._known[key] = encoded
+        self._bytes += encoded.states.nbytes
+        while self._bytes > self._max_bytes:
+            _, oldest = self._known.popitem(last=False)
+            self._bytes -= oldest.states.nbytes
+        return encoded
