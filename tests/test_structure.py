@@ -23,7 +23,8 @@ LAYERS = [
     {"request"},
     {"guidance", "images", "admission", "step_scheduler", "backends"},
     {"text_cache", "backends.triton", "backends.in_process"},
-    {"pipeline"},
+    {"pipeline", "wire.names"},
+    {"wire.reading", "wire.writing"},
     {"wire"},
     {"service"},
     {"health"},
@@ -72,7 +73,7 @@ def test_client_and_server_know_the_contract_and_not_each_other() -> None:
 
 
 def test_generated_code_has_one_door_on_each_side() -> None:
-    assert importers("sdserver", "sdapi") == {"wire", "service", "server"}
+    assert importers("sdserver", "sdapi") == {"wire.names", "wire.reading", "wire.writing", "service", "server"}
     assert importers("sdclient", "sdapi") == {"_wire", "_sync", "_async"}
 
 

@@ -1,4 +1,4 @@
-"""The one door between the wire and the server: protobuf messages in, valid frozen values out, and back."""
+"""Messages in: a request with everything resolved, or everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import secrets
 import uuid
 from typing import TYPE_CHECKING
 
-from google.protobuf.duration_pb2 import Duration
-from sdapi.v1 import engine_pb2, generation_pb2, sampling_pb2
-
-from sdserver.engines import SCHEDULES, Catalog, Engine
 from sdserver.errors import InvalidRequest, NotSupported, UnknownEngine
 from sdserver.images import DEFAULT_QUALITY, MEDIA_TYPES
-from sdserver.request import (
-    BLENDINGS,
-    Accepted,
-    Emphasis,
-    Event,
-    Finished,
-    GenerationRequest,
-    GuidanceInterval,
-    Image,
-    Output,
-    Progress,
-    Prompt,
-)
-from sdserver.samplers import SAMPLERS, noise_options, samplers_with
+from sdserver.request import BLENDINGS, Emphasis, GenerationRequest, GuidanceInterval, Output, Prompt
+from sdserver.samplers import noise_options, samplers_with
+from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES, Names
 
 if TYPE_CHECKING:
-    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
+    from sdapi.v1 import generation_pb2
+
+    from sdserver.engines import Catalog, Engine
 
 MAX_PROMPTS = 64
 MAX_PROMPT_CHARACTERS = 10_000
@@ -44,29 +31,6 @@ MAX_CHOSEN_SEED = 2**32 - 1
 
 # In the contract, and filled by later versions of the server.
 NOT_SUPPORTED = ("clip_guidance", "init_image", "mask", "preview")
-
-
-class _Names:
-    """A proto enum as the names that the server uses: SAMPLER_DPMPP_2M is `dpmpp_2m`."""
-
-    def __init__(self, enum: _EnumTypeWrapper[int], prefix: str) -> None:
-        self._by_number = {
-            number: name.removeprefix(prefix).lower()
-            for name, number in enum.items()
-            if not name.endswith("UNSPECIFIED")
-        }
-        self._by_name = {name: number for number, name in self._by_number.items()}
-
-    def name(self, number: int) -> str | None:
-        return self._by_number.get(number)
-
-    def number(self, name: str) -> int:
-        return self._by_name[name]
-
-
-_SAMPLERS = _Names(sampling_pb2.Sampler, "SAMPLER_")
-_SCHEDULES = _Names(sampling_pb2.Schedule, "SCHEDULE_")
-_BLENDINGS = _Names(generation_pb2.Blending, "BLENDING_")
 
 
 def request_id(message: generation_pb2.GenerateRequest) -> str:
@@ -109,17 +73,17 @@ class _Reader:
                 f"{width} x {height} is {width * height} pixels; engine {self._engine.id} makes at most "
                 f"{limits.max_pixels}"
             )
-        sampler = self._enum("sampler", _SAMPLERS, defaults.sampler)
+        sampler = self._enum("sampler", SAMPLER_NAMES, defaults.sampler)
         request = GenerationRequest(
             request_id=self._request_id,
             engine=self._engine,
             prompts=self._prompts(),
-            blending=next(name for name in BLENDINGS if name == self._enum("blending", _BLENDINGS, BLENDINGS[0])),
+            blending=next(name for name in BLENDINGS if name == self._enum("blending", BLENDING_NAMES, BLENDINGS[0])),
             width=width,
             height=height,
             steps=self._integer("steps", 1, limits.max_steps, defaults.steps),
             sampler=sampler,
-            schedule=self._enum("schedule", _SCHEDULES, defaults.schedule),
+            schedule=self._enum("schedule", SCHEDULE_NAMES, defaults.schedule),
             eta=self._noise_option("eta", 1.0, sampler),
             churn=self._noise_option("churn", MAX_CHURN, sampler),
             seeds=self._seeds(),
@@ -157,7 +121,7 @@ class _Reader:
             self._violations[path] = f"{value:g} is not a number from {least:g} to {most:g}"
         return value
 
-    def _enum(self, field: str, names: _Names, default: str) -> str:
+    def _enum(self, field: str, names: Names, default: str) -> str:
         number: int = getattr(self._message, field)
         if number == 0:
             return default
@@ -272,123 +236,3 @@ class _Reader:
 
 def _is_printable(text: str) -> bool:
     return 0 < len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isascii() and text.isprintable()
-
-
-def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
-    """The resolved request as a message: sending it again gives the same images."""
-    first, count = request.seeds[0], request.image_count
-    # One seed says it all, if the others count up from it.
-    one_seed = request.seeds == tuple(range(first, first + count))
-    return generation_pb2.GenerateRequest(
-        request_id=request.request_id,
-        engine=request.engine.id,
-        prompts=[
-            generation_pb2.Prompt(
-                text=prompt.text,
-                weight=prompt.weight,
-                emphasis=[
-                    generation_pb2.Emphasis(start=part.start, end=part.end, factor=part.factor)
-                    for part in prompt.emphasis
-                ],
-            )
-            for prompt in request.prompts
-        ],
-        blending=_BLENDINGS.number(request.blending),  # type: ignore[arg-type]
-        width=request.width,
-        height=request.height,
-        steps=request.steps,
-        sampler=_SAMPLERS.number(request.sampler),  # type: ignore[arg-type]
-        schedule=_SCHEDULES.number(request.schedule),  # type: ignore[arg-type]
-        seed=first if one_seed else None,
-        seeds=() if one_seed else request.seeds,
-        image_count=count,
-        eta=request.eta,
-        churn=request.churn,
-        guidance_scale=request.guidance_scale,
-        guidance_interval=generation_pb2.GuidanceInterval(
-            start=request.guidance_interval.start, end=request.guidance_interval.end
-        ),
-        guidance_rescale=request.guidance_rescale,
-        output=generation_pb2.Output(media_type=request.output.media_type, quality=request.output.quality),
-    )
-
-
-def from_event(event: Event) -> generation_pb2.GenerateResponse:
-    """An event as a message of the stream."""
-    match event:
-        case Accepted():
-            return generation_pb2.GenerateResponse(
-                accepted=generation_pb2.Accepted(
-                    request=from_request(event.request),
-                    queue_position=event.queue_position,
-                    prompt_usage=[
-                        generation_pb2.PromptUsage(tokens=usage.tokens, chunks=usage.chunks)
-                        for usage in event.prompt_usage
-                    ],
-                )
-            )
-        case Progress():
-            return generation_pb2.GenerateResponse(progress=generation_pb2.Progress(step=event.step, steps=event.steps))
-        case Image():
-            return generation_pb2.GenerateResponse(
-                image=generation_pb2.Image(
-                    index=event.index,
-                    seed=event.seed,
-                    data=event.data,
-                    media_type=event.media_type,
-                    width=event.width,
-                    height=event.height,
-                )
-            )
-        case Finished():
-            return generation_pb2.GenerateResponse(
-                finished=generation_pb2.Finished(
-                    usage=generation_pb2.Usage(
-                        image_count=event.usage.image_count,
-                        unet_rows=event.usage.unet_rows,
-                        pixel_steps=event.usage.pixel_steps,
-                    ),
-                    timings=generation_pb2.Timings(
-                        queue=_duration(event.timings.queue),
-                        encode=_duration(event.timings.encode),
-                        denoise=_duration(event.timings.denoise),
-                        decode=_duration(event.timings.decode),
-                        total=_duration(event.timings.total),
-                    ),
-                )
-            )
-
-
-def from_engine(engine: Engine, ready: bool) -> engine_pb2.Engine:
-    """An engine as ListEngines tells it."""
-    limits, defaults = engine.limits, engine.defaults
-    return engine_pb2.Engine(
-        id=engine.id,
-        name=engine.name,
-        description=engine.description,
-        ready=ready,
-        digest=engine.digest,
-        native_width=engine.native_width,
-        native_height=engine.native_height,
-        limits=engine_pb2.EngineLimits(**limits.model_dump()),
-        defaults=engine_pb2.EngineDefaults(
-            width=defaults.width,
-            height=defaults.height,
-            steps=defaults.steps,
-            guidance_scale=defaults.guidance_scale,
-            sampler=_SAMPLERS.number(defaults.sampler),  # type: ignore[arg-type]
-            schedule=_SCHEDULES.number(defaults.schedule),  # type: ignore[arg-type]
-        ),
-        samplers=[_SAMPLERS.number(name) for name in SAMPLERS],  # type: ignore[misc]
-        schedules=[_SCHEDULES.number(name) for name in SCHEDULES],  # type: ignore[misc]
-        media_types=list(MEDIA_TYPES),
-        license=engine_pb2.License(**engine.license.model_dump()),
-        eta_samplers=[_SAMPLERS.number(name) for name in samplers_with("eta")],  # type: ignore[misc]
-        churn_samplers=[_SAMPLERS.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
-    )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
