@@ -16,19 +16,18 @@ from PIL import ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sdclient import Client, DeadlineExceededError, Image, Prompt, UnavailableError
+from sdclient import Client, DeadlineExceededError, Image, UnavailableError
 from sdclient import Progress as Step
 from sdserver.triton_process import why_not
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LANDSCAPE = "a landscape on a sunny day"
-# File name, prompts, width, height. The last two differ by the negative prompt alone.
+# File name, prompt, width, height. The last two differ by the negative prompt alone.
 PICTURES = [
-    ("valley", [Prompt("a valley in the Alps at sunset, epic vista", 1)], 384, 128),
-    ("landscape", [Prompt(LANDSCAPE, 1)], 256, 128),
-    ("landscape-without-trees", [Prompt(LANDSCAPE, 1), Prompt("trees, leaves, greenery", -1)], 256, 128),
+    ("valley", "a valley in the Alps at sunset, epic vista", 384, 128),
+    ("landscape", "a landscape on a sunny day", 256, 128),
+    ("landscape-without-trees", "a landscape on a sunny day | trees, leaves, greenery : -1", 256, 128),
 ]
 SEED = 0
 START_SECONDS = 180.0
@@ -55,10 +54,10 @@ def main() -> int:
             wait_until_ready(client, process, log)
             done(bars, bar, times)
             files = []
-            for name, prompts, width, height in PICTURES:
+            for name, prompt, width, height in PICTURES:
                 bar = bars.add_task(name, total=None)
                 files.append(folder / f"{name}.png")
-                with client.stream(prompts, width=width, height=height, seed=SEED) as events:
+                with client.stream(prompt, width=width, height=height, seed=SEED) as events:
                     for event in events:
                         match event:
                             case Step(step=step, steps=steps):
@@ -129,9 +128,8 @@ def write_contact_sheet(path: Path, files: list[Path]) -> None:
     width = left.width + right.width + 3 * margin
     sheet = Pillow.new("RGB", (width, second_row + caption + left.height + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    for picture, (x, y), (_, prompts, *_) in zip(pictures, places, PICTURES, strict=True):
-        text = " | ".join(f"{prompt.text} : {prompt.weight:g}" for prompt in prompts)
-        draw.text((x, y + 4), text, fill="black")
+    for picture, (x, y), (_, prompt, *_) in zip(pictures, places, PICTURES, strict=True):
+        draw.text((x, y + 4), prompt, fill="black")
         sheet.paste(picture, (x, y + caption))
     sheet.save(path)
 

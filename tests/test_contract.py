@@ -237,6 +237,8 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
     ({"request_id": "a\nb"}, {"request_id"}),
     ({"request_id": "x" * 129}, {"request_id"}),
     ({"mask": {"data": b"x"}}, {"mask"}),
+    ({"preview": {"every_steps": 0}}, {"preview.every_steps"}),
+    ({"preview": {"every_steps": 151}}, {"preview.every_steps"}),
     ({"prompts": [], "width": 0, "steps": 0, "guidance_scale": NAN}, {"prompts", "width", "steps", "guidance_scale"}),
 ]
 
@@ -253,6 +255,21 @@ async def test_bad_fields_are_all_named_at_once_and_never_reach_the_models(
     assert (info.reason, info.domain) == ("INVALID_REQUEST", "sdapi")
     assert info.metadata["request_id"]
     assert await model_calls() == before
+
+
+async def test_previews_come_at_the_asked_cadence_and_are_small_pictures_of_the_image(
+    stub: GenerationServiceAsyncStub,
+) -> None:
+    events = await events_of(stub, a_request(steps=7, width=333, height=64, image_count=2, preview={"every_steps": 3}))
+    assert events[0].accepted.request.preview.every_steps == 3
+    previews = [event.preview for event in events if event.HasField("preview")]
+    assert {(preview.index, preview.step) for preview in previews} <= {(0, 3), (0, 6), (1, 3), (1, 6)}
+    assert {(0, 6), (1, 6)} <= {(preview.index, preview.step) for preview in previews}
+    for preview in previews:
+        with Image.open(io.BytesIO(preview.data)) as picture:
+            assert picture.size == (preview.width, preview.height) == (42, 8)
+            assert Image.MIME[picture.format or ""] == preview.media_type
+        assert len(preview.data) <= 10_000
 
 
 async def test_of_very_many_violations_the_first_are_told_and_the_others_counted(
@@ -282,7 +299,6 @@ async def test_an_unknown_engine_is_not_found_and_the_answer_names_the_engines(
         {"clip_guidance": {}},
         {"init_image": {"data": b"x"}},
         {"init_image": {"data": b"x"}, "mask": {"data": b"x"}},
-        {"preview": {}},
     ],
 )
 async def test_what_the_server_cannot_do_yet_is_unimplemented_and_never_ignored(

@@ -14,7 +14,16 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from sdclient import AsyncClient, Image, InvalidRequestError, Progress, Prompt, UnavailableError
+from sdclient import (
+    AsyncClient,
+    Image,
+    InvalidRequestError,
+    Preview,
+    PreviewOptions,
+    Progress,
+    Prompt,
+    UnavailableError,
+)
 from sdserver.server import Server
 from sdserver.triton_process import TritonProcess
 
@@ -35,7 +44,7 @@ async def client(triton_settings: ServeSettings) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-def pixels(image: Image) -> Pixels:
+def pixels(image: Image | Preview) -> Pixels:
     """[H, W, 3] of a picture, 0 to 1."""
     return np.asarray(Pillow.open(io.BytesIO(image.data)).convert("RGB"), np.float64) / 255
 
@@ -77,6 +86,18 @@ async def test_a_negative_prompt_takes_the_trees_away(client: AsyncClient) -> No
     plain = await pictures(client, [prompt])
     without = await pictures(client, [prompt, Prompt("trees, leaves, greenery", -1)])
     assert np.mean([green(picture) for picture in without]) < 0.5 * np.mean([green(picture) for picture in plain])
+
+
+async def test_a_late_preview_has_the_colours_of_the_image(client: AsyncClient) -> None:
+    options = PreviewOptions(every_steps=8)
+    async with client.stream("a lake at sunset", steps=10, seed=0, preview=options) as events:
+        pictures = [event async for event in events if isinstance(event, Preview | Image)]
+    preview, image = pictures
+    assert isinstance(preview, Preview)
+    assert isinstance(image, Image)
+    small = Pillow.fromarray((pixels(image) * 255).astype(np.uint8)).resize((16, 16), Pillow.Resampling.BOX)
+    difference = pixels(preview) - np.asarray(small, np.float64) / 255
+    assert np.sqrt(np.mean(difference**2)) < 0.2
 
 
 async def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_picture(client: AsyncClient) -> None:

@@ -40,6 +40,13 @@ class TextEncoder(_Data):
     width: Positive
 
 
+class PreviewMap(_Data):
+    """Linear map from latents to RGB, 0 to 1: `rgb = matrix @ latents + bias` at each place of the latents."""
+
+    matrix: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    bias: tuple[float, float, float]
+
+
 class Limits(_Data):
     """What requests may ask for. Sizes in pixels."""
 
@@ -86,6 +93,8 @@ class Engine(_Data):
     limits: Limits
     defaults: Defaults
     license: License
+    # Fitted by `scripts/fit_preview.py`. None: the engine has no previews.
+    preview_map: PreviewMap | None = None
     # The most rows of one UNet call; `max_batch_size` of the engine's UNet in Triton is at least this.
     max_batch_rows: Positive
     # File below the engine's folder -> SHA-256. Because they stand in the descriptor, its digest covers the weights.
@@ -102,6 +111,8 @@ class Engine(_Data):
             )
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
+        if self.preview_map and any(len(row) != self.latents.channels for row in self.preview_map.matrix):
+            raise ValueError("each row of preview_map.matrix needs latents.channels numbers")
         if self.noise_schedule.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError("rescale_zero_terminal_snr needs v_prediction: pure noise says nothing about its epsilon")
         # Fails now, and not in a request, if the schedule has no room for so many steps.

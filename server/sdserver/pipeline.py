@@ -17,7 +17,18 @@ from sdserver.errors import GenerationFailed, InvalidRequest, TimeLimit
 from sdserver.guidance import Guidance, blend, rescaled
 from sdserver.noise import ImageNoise
 from sdserver.parameterization import c_in, denoised, initial_latents
-from sdserver.request import Accepted, Event, Finished, GenerationRequest, Image, Progress, PromptUsage, Timings, Usage
+from sdserver.request import (
+    Accepted,
+    Event,
+    Finished,
+    GenerationRequest,
+    Image,
+    Preview,
+    Progress,
+    PromptUsage,
+    Timings,
+    Usage,
+)
 from sdserver.samplers import SAMPLERS, noise_options
 from sdserver.step_scheduler import Row, StepScheduler
 from sdserver.text_cache import TextCache
@@ -150,7 +161,7 @@ def _scheduler(engine: Engine, backend: Backend) -> StepScheduler:
 
 
 class _Outbox:
-    """Events on their way to the caller. A new progress replaces one that has not been read."""
+    """Events on their way to the caller. A new progress, or an image's new preview, replaces an unread one."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
@@ -158,8 +169,9 @@ class _Outbox:
         self._closed = False
 
     def put(self, event: Event) -> None:
-        if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
-            self._events.pop()
+        stale = next((other for other in self._events if _replaces(event, other)), None)
+        if stale is not None:
+            self._events.remove(stale)
         self._events.append(event)
         self._changed.set()
 
@@ -175,6 +187,15 @@ class _Outbox:
                 return
             self._changed.clear()
             await self._changed.wait()
+
+
+def _replaces(event: Event, unread: Event) -> bool:
+    match event, unread:
+        case Progress(), Progress():
+            return True
+        case Preview(), Preview():
+            return event.index == unread.index
+    return False
 
 
 @dataclass(slots=True, eq=False)
@@ -255,6 +276,7 @@ class _Generation:
                 query = sampler.send(x0)
                 if query.step > step:
                     self._completed(index, step)
+                    self._preview(index, step, x0)
         except StopIteration as end:
             self._completed(index, self.request.steps)
             latents: Array = end.value
@@ -278,6 +300,16 @@ class _Generation:
         if conditional:
             prediction = rescaled(prediction, conditional[0], request.guidance_rescale)
         return denoised(prediction, query.x, query.sigma, engine.prediction_type)
+
+    def _preview(self, index: int, step: int, x0: Array) -> None:
+        request, preview_map = self.request, self.request.engine.preview_map
+        if preview_map is None or request.preview_every_steps is None or step % request.preview_every_steps:
+            return
+        scale = request.engine.latents.downsampling
+        width, height = -(-request.width // scale), -(-request.height // scale)
+        pixels = images.crop(images.preview(x0, preview_map), width, height)
+        data = images.encode(pixels, images.PREVIEW_OUTPUT)
+        self.outbox.put(Preview(index, step, data, images.PREVIEW_OUTPUT.media_type, width, height))
 
     def _completed(self, index: int, step: int) -> None:
         before = min(self.completed.values())

@@ -69,6 +69,8 @@ class GenerationRequest:
     guidance_interval: GuidanceInterval
     guidance_rescale: float
     output: Output
+    preview_every_steps: int | None
+    """A preview after every so many steps; None: no previews."""
 
     @property
     def image_count(self) -> int:
@@ -99,6 +101,18 @@ class Progress:
 
     step: int
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A small picture of an unfinished image after `step` steps, as an encoded file; its size in pixels."""
+
+    index: int
+    step: int
+    data: bytes
+    media_type: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +155,4 @@ class Finished:
     timings: Timings
 
 
-Event = Accepted | Progress | Image | Finished
+Event = Accepted | Progress | Preview | Image | Finished

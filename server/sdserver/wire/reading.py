@@ -29,8 +29,10 @@ MAX_SEED = 2**63 - 1
 # Small enough to be read out, typed again and kept by languages whose numbers are doubles.
 MAX_CHOSEN_SEED = 2**32 - 1
 
+DEFAULT_PREVIEW_STEPS = 5
+
 # In the contract, and filled by later versions of the server.
-NOT_SUPPORTED = ("clip_guidance", "init_image", "mask", "preview")
+NOT_SUPPORTED = ("clip_guidance", "init_image", "mask")
 
 
 def request_id(message: generation_pb2.GenerateRequest) -> str:
@@ -49,6 +51,8 @@ def to_request(message: generation_pb2.GenerateRequest, request_id: str, catalog
             f"no engine {message.engine[:64]!r}; this server has {', '.join(engine.id for engine in catalog)}"
         )
     request = _Reader(message, request_id, engine).read()
+    if request.preview_every_steps is not None and engine.preview_map is None:
+        raise NotSupported(f"engine {engine.id} has no previews; leave preview out", field="preview")
     for field in NOT_SUPPORTED:
         if message.HasField(field):
             raise NotSupported(f"{field} is not supported by this version of the server; leave it out", field=field)
@@ -91,6 +95,7 @@ class _Reader:
             guidance_interval=self._guidance_interval(),
             guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
             output=self._output(),
+            preview_every_steps=self._preview_every_steps(),
         )
         if message.request_id and not _is_printable(message.request_id):
             self._violations["request_id"] = f"at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
@@ -214,6 +219,15 @@ class _Reader:
         if start >= end:
             self._violations.setdefault("guidance_interval.end", f"{end:g} must be greater than start, {start:g}")
         return GuidanceInterval(start, end)
+
+    def _preview_every_steps(self) -> int | None:
+        message, most = self._message, self._engine.limits.max_steps
+        if not message.HasField("preview"):
+            return None
+        every = message.preview.every_steps if message.preview.HasField("every_steps") else DEFAULT_PREVIEW_STEPS
+        if not 1 <= every <= most:
+            self._violations["preview.every_steps"] = f"{every} is not an integer from 1 to {most}"
+        return every
 
     def _output(self) -> Output:
         output = self._message.output

@@ -9,7 +9,7 @@ from sdapi.v1 import engine_pb2, generation_pb2
 
 from sdserver.engines import SCHEDULES, Engine
 from sdserver.images import MEDIA_TYPES
-from sdserver.request import Accepted, Finished, Image, Progress
+from sdserver.request import Accepted, Finished, Image, Preview, Progress
 from sdserver.samplers import SAMPLERS, samplers_with
 from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES
 
@@ -53,6 +53,9 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         ),
         guidance_rescale=request.guidance_rescale,
         output=generation_pb2.Output(media_type=request.output.media_type, quality=request.output.quality),
+        preview=None
+        if request.preview_every_steps is None
+        else generation_pb2.PreviewOptions(every_steps=request.preview_every_steps),
     )
 
 
@@ -72,6 +75,17 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
             )
         case Progress():
             return generation_pb2.GenerateResponse(progress=generation_pb2.Progress(step=event.step, steps=event.steps))
+        case Preview():
+            return generation_pb2.GenerateResponse(
+                preview=generation_pb2.Preview(
+                    index=event.index,
+                    step=event.step,
+                    data=event.data,
+                    media_type=event.media_type,
+                    width=event.width,
+                    height=event.height,
+                )
+            )
         case Image():
             return generation_pb2.GenerateResponse(
                 image=generation_pb2.Image(
