@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format proto bench serve clean
+.PHONY: demo test check format proto bench serve train evaluate clean
 
 demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,14 @@ bench: .venv/.ready ## Measure import time, the cost of the server, and one imag
 
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up
+
+train: .venv/.ready ## Make an engine from nothing: world, autoencoder, CLIP, UNet, evaluation, card. Hours; resumes.
+	OMP_WAIT_POLICY=PASSIVE nice -n 19 $(BIN)/python -m training
+
+evaluate: .venv/.ready ## Measure the engine that is being made, and write its card.
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.classifier
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.evaluate
+	$(BIN)/python -m training.card
 
 .venv/.ready: pyproject.toml scripts/setup
 	PYTHON="$(PYTHON)" scripts/setup
