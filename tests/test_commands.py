@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from sdclient import AsyncClient
+from sdserver.__main__ import LEAST_UPTIME_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -104,17 +105,38 @@ async def test_serve_generates_without_torch_in_its_memory(triton_settings: Serv
         assert await command.stopped() == 0
 
 
-async def test_up_starts_both_restarts_triton_and_leaves_nothing_behind() -> None:
+async def until_ready(client: AsyncClient) -> None:
+    async with asyncio.timeout(100):
+        while not (await client.engines())[0].ready:
+            await asyncio.sleep(0.1)
+
+
+async def test_up_starts_both_starts_triton_again_when_it_dies_and_leaves_nothing_behind() -> None:
     async with running("up", *FREE_PORTS) as command:
         port = (await command.logged("serving"))["port"]
-        family = psutil.Process(command.process.pid).children(recursive=True)
+        server = psutil.Process(command.process.pid)
         async with AsyncClient(f"127.0.0.1:{port}") as client:
-            while not (await client.engines())[0].ready:
-                await asyncio.sleep(0.1)
+            await until_ready(client)
             assert await client.generate("a lake", steps=2)
-        assert len(family) == 4, "Triton and one process for each model"
+            first = server.children(recursive=True)
+            assert len(first) == 4, "Triton and one process for each model"
+            # One that dies sooner than this is not worth another start.
+            await asyncio.sleep(LEAST_UPTIME_SECONDS)
+            server.children()[0].kill()
+            await command.logged("Triton ended by itself and is started again")
+            await command.logged("engine is ready")
+            assert await client.generate("a lake", steps=2)
+            second = server.children(recursive=True)
         assert await command.stopped() == 0
-    assert not [process for process in family if process.is_running()]
+    assert not [process for process in (*first, *second) if process.is_running()]
+
+
+async def test_a_triton_that_dies_at_once_ends_up_with_its_log() -> None:
+    async with running("up", *FREE_PORTS) as command:
+        await command.logged("serving")
+        psutil.Process(command.process.pid).children()[0].kill()
+        assert await command.ended() == 1
+        assert "Triton ended by itself; the end of its log:" in "".join(command.lines)
 
 
 async def test_a_server_that_runs_the_models_itself_makes_the_same_picture(triton_settings: ServeSettings) -> None:
@@ -126,8 +148,7 @@ async def test_a_server_that_runs_the_models_itself_makes_the_same_picture(trito
         for command in (alone, over_triton):
             port = (await command.logged("serving"))["port"]
             async with AsyncClient(f"127.0.0.1:{port}") as client:
-                while not (await client.engines())[0].ready:
-                    await asyncio.sleep(0.1)
+                await until_ready(client)
                 pictures += await client.generate("a lake at sunset", steps=4, seed=0)
             assert await command.stopped() == 0
         first, second = (picture.to_pil().tobytes() for picture in pictures)
