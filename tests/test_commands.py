@@ -131,6 +131,24 @@ async def test_up_starts_both_starts_triton_again_when_it_dies_and_leaves_nothin
     assert not [process for process in (*first, *second) if process.is_running()]
 
 
+async def test_triton_alone_serves_the_models_and_stops_in_order() -> None:
+    async with running("triton", *FREE_PORTS[1:]) as command:
+        ready = ""
+        while "Triton is ready" not in ready:
+            assert command.process.stderr is not None
+            line = await asyncio.wait_for(command.process.stderr.readline(), 100)
+            assert line, "".join(command.lines)
+            ready = json.loads(line)["event"]
+        url = f"127.0.0.1:{ready.split()[-1]}"
+        family = psutil.Process(command.process.pid).children(recursive=True)
+        async with running("serve", "--port=0", f"--triton-url={url}") as server:
+            port = (await server.logged("serving"))["port"]
+            async with AsyncClient(f"127.0.0.1:{port}") as client:
+                assert await client.generate("a lake", steps=2)
+        assert await command.stopped() == 0
+    assert not [process for process in family if process.is_running()]
+
+
 async def test_a_triton_that_dies_at_once_ends_up_with_its_log() -> None:
     async with running("up", *FREE_PORTS) as command:
         await command.logged("serving")

@@ -1,1 +1,1 @@
-"""How the embedded engine `tiny-landscape` was made, so that anyone can make it again: `python -m training`."""
+"""Makes an engine like the embedded `tiny-landscape` from a procedural world: `python -m training`. See README.md."""
