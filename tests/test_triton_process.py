@@ -103,10 +103,17 @@ class Traces:
 
     def left(self) -> list[str]:
         """What of them still exists."""
-        # A zombie waits for init to look at it.
-        processes = [each for each in self.processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        processes = [each for each in self.processes if resident(each)]
         paths = [path for path in (*self.regions, self.folder) if path.exists()]
         return [str(each) for each in (*processes, *paths)]
+
+
+def resident(process: psutil.Process) -> bool:
+    """Whether the process holds memory. One that has ended may stay in the table until init looks at it."""
+    try:
+        return bool(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def traces_of_loading(triton: TritonProcess) -> Traces:

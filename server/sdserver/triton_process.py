@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ from sdserver.triton_host import Host, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import TextIO
 
 __all__ = ["Host", "TritonProcess", "TritonProcessError", "why_not"]
 
@@ -40,6 +42,7 @@ POLL_SECONDS = 0.1
 CALL_SECONDS = 5.0
 EXIT_MARGIN_SECONDS = 2.0
 UNLOAD_SECONDS = 5.0
+KILLED_SECONDS = 5.0
 UNLOADING = "All models are stopped, unloading models"
 LOG_TAIL_LINES = 40
 SHARED_MEMORY = Path("/dev/shm")
@@ -107,6 +110,8 @@ class TritonProcess:
         self._id = f"sd-triton-{uuid.uuid4().hex}"
         self._cleanup = contextlib.ExitStack()
         self._process: asyncio.subprocess.Process | None = None
+        # The end to read of a pipe whose other end every process of this Triton holds: it closes with the last of them.
+        self._lifeline: TextIO | None = None
 
     @property
     def pid(self) -> int:
@@ -161,18 +166,24 @@ class TritonProcess:
             command = [*self._wheel_command(folder, environment), *self._options()]
         else:
             command = [str(self._executable), *self._options()]
-        with self._log_path.open("wb") as log_file:
-            return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-c", TIED_TO_PARENT, str(os.getpid()), *command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=asyncio.subprocess.STDOUT,
-                # Models import from the working directory, too: here is nothing that could shadow a module.
-                cwd=folder,
-                env=environment,
-                # A group of its own: Ctrl-C does not reach it, and no process of it can be missed when it is killed.
-                start_new_session=True,
-            )
+        lifeline, held = os.pipe()
+        self._lifeline = self._cleanup.enter_context(os.fdopen(lifeline))
+        try:
+            with self._log_path.open("wb") as log_file:
+                return await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-S", "-c", TIED_TO_PARENT, str(os.getpid()), *command),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=asyncio.subprocess.STDOUT,
+                    pass_fds=(held,),
+                    # Models import from the working directory, too: here is nothing that could shadow a module.
+                    cwd=folder,
+                    env=environment,
+                    # A group of its own: Ctrl-C does not reach it, and no process of it is missed when it is killed.
+                    start_new_session=True,
+                )
+        finally:
+            os.close(held)
 
     def _wheel_command(self, folder: Path, environment: dict[str, str]) -> list[str]:
         """Lays out the wheel's Python backend in `folder` as Triton wants it, and names it and its libraries."""
@@ -276,6 +287,10 @@ class TritonProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+            # The kernel takes a killed process's memory and ports apart after the signal; Triton's models are not our
+            # children, so that they cannot be waited for otherwise.
+            if self._lifeline is not None and not self._lifeline.closed:
+                await asyncio.to_thread(select.select, [self._lifeline], [], [], KILLED_SECONDS)
 
 
 def _is_free(port: int) -> bool:
