@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,9 @@ class Engine(_message.Message):
     LICENSE_FIELD_NUMBER: _ClassVar[int]
     ETA_SAMPLERS_FIELD_NUMBER: _ClassVar[int]
     CHURN_SAMPLERS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_TO_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     description: str
@@ -39,10 +42,43 @@ class Engine(_message.Message):
     license: License
     eta_samplers: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Sampler]
     churn_samplers: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Sampler]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ...) -> None: ...
+    image_to_image: bool
+    clip_guidance: ClipGuidanceSupport
+    windows: WindowDefaults
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ...) -> None: ...
+
+class ClipGuidanceSupport(_message.Message):
+    __slots__ = ("presets", "exact")
+    PRESETS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    presets: _containers.RepeatedCompositeFieldContainer[ClipGuidancePreset]
+    exact: bool
+    def __init__(self, presets: _Optional[_Iterable[_Union[ClipGuidancePreset, _Mapping]]] = ..., exact: _Optional[bool] = ...) -> None: ...
+
+class ClipGuidancePreset(_message.Message):
+    __slots__ = ("name", "scale", "cutouts", "start", "end")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    CUTOUTS_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    scale: float
+    cutouts: int
+    start: float
+    end: float
+    def __init__(self, name: _Optional[str] = ..., scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+
+class WindowDefaults(_message.Message):
+    __slots__ = ("size", "overlap")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    overlap: int
+    def __init__(self, size: _Optional[int] = ..., overlap: _Optional[int] = ...) -> None: ...
 
 class EngineLimits(_message.Message):
-    __slots__ = ("min_size", "max_size", "max_pixels", "size_multiple", "max_steps", "max_image_count", "max_prompt_chunks")
+    __slots__ = ("min_size", "max_size", "max_pixels", "size_multiple", "max_steps", "max_image_count", "max_prompt_chunks", "max_image_bytes", "max_image_pixels")
     MIN_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +86,8 @@ class EngineLimits(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     min_size: int
     max_size: int
     max_pixels: int
@@ -57,7 +95,9 @@ class EngineLimits(_message.Message):
     max_steps: int
     max_image_count: int
     max_prompt_chunks: int
-    def __init__(self, min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., max_pixels: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_image_count: _Optional[int] = ..., max_prompt_chunks: _Optional[int] = ...) -> None: ...
+    max_image_bytes: int
+    max_image_pixels: int
+    def __init__(self, min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., max_pixels: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_image_count: _Optional[int] = ..., max_prompt_chunks: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ...) -> None: ...
 
 class EngineDefaults(_message.Message):
     __slots__ = ("width", "height", "steps", "guidance_scale", "sampler", "schedule")

@@ -17,12 +17,36 @@ class Blending(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BLENDING_UNSPECIFIED: _ClassVar[Blending]
     BLENDING_TEXT_ENCODER: _ClassVar[Blending]
     BLENDING_COMPOSABLE: _ClassVar[Blending]
+
+class Fit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FIT_UNSPECIFIED: _ClassVar[Fit]
+    FIT_COVER: _ClassVar[Fit]
+    FIT_CONTAIN: _ClassVar[Fit]
+    FIT_STRETCH: _ClassVar[Fit]
+
+class SafetyOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SAFETY_OUTCOME_UNSPECIFIED: _ClassVar[SafetyOutcome]
+    SAFETY_OUTCOME_PASSED: _ClassVar[SafetyOutcome]
+    SAFETY_OUTCOME_FLAGGED: _ClassVar[SafetyOutcome]
+    SAFETY_OUTCOME_BLURRED: _ClassVar[SafetyOutcome]
+    SAFETY_OUTCOME_BLOCKED: _ClassVar[SafetyOutcome]
 BLENDING_UNSPECIFIED: Blending
 BLENDING_TEXT_ENCODER: Blending
 BLENDING_COMPOSABLE: Blending
+FIT_UNSPECIFIED: Fit
+FIT_COVER: Fit
+FIT_CONTAIN: Fit
+FIT_STRETCH: Fit
+SAFETY_OUTCOME_UNSPECIFIED: SafetyOutcome
+SAFETY_OUTCOME_PASSED: SafetyOutcome
+SAFETY_OUTCOME_FLAGGED: SafetyOutcome
+SAFETY_OUTCOME_BLURRED: SafetyOutcome
+SAFETY_OUTCOME_BLOCKED: SafetyOutcome
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds")
+    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds", "outpaint", "variation", "two_pass", "windows", "tile_x", "tile_y")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +69,12 @@ class GenerateRequest(_message.Message):
     CHURN_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPAINT_FIELD_NUMBER: _ClassVar[int]
+    VARIATION_FIELD_NUMBER: _ClassVar[int]
+    TWO_PASS_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    TILE_X_FIELD_NUMBER: _ClassVar[int]
+    TILE_Y_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     engine: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
@@ -67,7 +97,13 @@ class GenerateRequest(_message.Message):
     churn: float
     guidance_rescale: float
     seeds: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ...) -> None: ...
+    outpaint: Outpaint
+    variation: Variation
+    two_pass: TwoPass
+    windows: Windows
+    tile_x: bool
+    tile_y: bool
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., outpaint: _Optional[_Union[Outpaint, _Mapping]] = ..., variation: _Optional[_Union[Variation, _Mapping]] = ..., two_pass: _Optional[_Union[TwoPass, _Mapping]] = ..., windows: _Optional[_Union[Windows, _Mapping]] = ..., tile_x: _Optional[bool] = ..., tile_y: _Optional[bool] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("text", "weight", "emphasis")
@@ -98,40 +134,92 @@ class GuidanceInterval(_message.Message):
     def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
 
 class ClipGuidance(_message.Message):
-    __slots__ = ("scale", "cutouts", "start", "end", "prompt")
+    __slots__ = ("scale", "cutouts", "start", "end", "prompt", "preset", "exact")
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CUTOUTS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     scale: float
     cutouts: int
     start: float
     end: float
     prompt: str
-    def __init__(self, scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., prompt: _Optional[str] = ...) -> None: ...
+    preset: str
+    exact: bool
+    def __init__(self, scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., prompt: _Optional[str] = ..., preset: _Optional[str] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class InitImage(_message.Message):
-    __slots__ = ("data", "strength")
+    __slots__ = ("data", "strength", "fit", "sha256")
     DATA_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     strength: float
-    def __init__(self, data: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    fit: Fit
+    sha256: str
+    def __init__(self, data: _Optional[bytes] = ..., strength: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Mask(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "feather", "sha256")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    FEATHER_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    feather: float
+    sha256: str
+    def __init__(self, data: _Optional[bytes] = ..., feather: _Optional[float] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class Outpaint(_message.Message):
+    __slots__ = ("left", "right", "top", "bottom")
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    left: int
+    right: int
+    top: int
+    bottom: int
+    def __init__(self, left: _Optional[int] = ..., right: _Optional[int] = ..., top: _Optional[int] = ..., bottom: _Optional[int] = ...) -> None: ...
+
+class Variation(_message.Message):
+    __slots__ = ("seed", "strength")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    strength: float
+    def __init__(self, seed: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
+
+class TwoPass(_message.Message):
+    __slots__ = ("width", "height", "strength")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    height: int
+    strength: float
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
+
+class Windows(_message.Message):
+    __slots__ = ("size", "overlap")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    overlap: int
+    def __init__(self, size: _Optional[int] = ..., overlap: _Optional[int] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("media_type", "quality")
+    __slots__ = ("media_type", "quality", "metadata")
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     media_type: str
     quality: int
-    def __init__(self, media_type: _Optional[str] = ..., quality: _Optional[int] = ...) -> None: ...
+    metadata: bool
+    def __init__(self, media_type: _Optional[str] = ..., quality: _Optional[int] = ..., metadata: _Optional[bool] = ...) -> None: ...
 
 class PreviewOptions(_message.Message):
     __slots__ = ("every_steps",)
@@ -196,20 +284,42 @@ class Preview(_message.Message):
     def __init__(self, index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("index", "seed", "data", "media_type", "width", "height")
+    __slots__ = ("index", "seed", "data", "media_type", "width", "height", "safety", "signed")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SAFETY_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
     index: int
     seed: int
     data: bytes
     media_type: str
     width: int
     height: int
-    def __init__(self, index: _Optional[int] = ..., seed: _Optional[int] = ..., data: _Optional[bytes] = ..., media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+    safety: Safety
+    signed: bool
+    def __init__(self, index: _Optional[int] = ..., seed: _Optional[int] = ..., data: _Optional[bytes] = ..., media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., safety: _Optional[_Union[Safety, _Mapping]] = ..., signed: _Optional[bool] = ...) -> None: ...
+
+class Safety(_message.Message):
+    __slots__ = ("outcome", "scores")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    outcome: SafetyOutcome
+    scores: _containers.RepeatedCompositeFieldContainer[SafetyScore]
+    def __init__(self, outcome: _Optional[_Union[SafetyOutcome, str]] = ..., scores: _Optional[_Iterable[_Union[SafetyScore, _Mapping]]] = ...) -> None: ...
+
+class SafetyScore(_message.Message):
+    __slots__ = ("label", "score", "threshold")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    score: float
+    threshold: float
+    def __init__(self, label: _Optional[str] = ..., score: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("usage", "timings")
@@ -220,14 +330,16 @@ class Finished(_message.Message):
     def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("image_count", "unet_rows", "pixel_steps")
+    __slots__ = ("image_count", "unet_rows", "pixel_steps", "clip_gradients")
     IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     UNET_ROWS_FIELD_NUMBER: _ClassVar[int]
     PIXEL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     image_count: int
     unet_rows: int
     pixel_steps: int
-    def __init__(self, image_count: _Optional[int] = ..., unet_rows: _Optional[int] = ..., pixel_steps: _Optional[int] = ...) -> None: ...
+    clip_gradients: int
+    def __init__(self, image_count: _Optional[int] = ..., unet_rows: _Optional[int] = ..., pixel_steps: _Optional[int] = ..., clip_gradients: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue", "encode", "denoise", "decode", "total")

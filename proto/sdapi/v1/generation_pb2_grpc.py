@@ -30,7 +30,7 @@ class GenerationServiceStub:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong; see the field violations
+    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -62,7 +62,7 @@ class GenerationServiceServicer:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong; see the field violations
+    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -112,7 +112,7 @@ class GenerationService:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong; see the field violations
+    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
