@@ -26,10 +26,12 @@ format: .venv/.ready ## Format the code and the contract.
 proto: .venv/.ready ## Generate the stubs from the contract.
 	$(BIN)/python scripts/generate_stubs.py proto
 
-bench: .venv/.ready ## Measure import time, the cost of the server, and one image against a diffusers pipeline.
+bench: .venv/.ready ## Measure import time, the cost of the server and of files, and one image against a diffusers pipeline.
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.server_costs
+	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python -m benchmarks.one_image
+	$(BIN)/python -m benchmarks.clip_guidance
 
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up

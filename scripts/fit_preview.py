@@ -19,6 +19,7 @@ from sdserver import wire
 from sdserver.admission import Admission
 from sdserver.backends.in_process import InProcessBackend
 from sdserver.engines import Catalog, load_engine
+from sdserver.image_writer import ImageWriter
 from sdserver.pipeline import Pipeline
 from sdserver.settings import ServeSettings
 
@@ -50,7 +51,7 @@ async def record(engine: Engine, model_repository: Path, prompts: list[str]) -> 
     backend = RecordingBackend(catalog, model_repository)
     while not await backend.is_ready(engine):
         await asyncio.sleep(0.1)
-    async with Pipeline(catalog, backend, Admission(1, 0), 3600.0, 0) as pipeline:
+    async with Pipeline(catalog, backend, Admission(1, 0), 3600.0, 0, ImageWriter(wire.to_json)) as pipeline:
         for prompt in prompts:
             message = generation_pb2.GenerateRequest(
                 prompts=[generation_pb2.Prompt(text=prompt)], seed=0, image_count=SEEDS

@@ -148,6 +148,7 @@ class FakeService(GenerationServiceServicer):
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self.target = ""
+        self.engines = [ENGINE]
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str | bytes]] = []
 
@@ -159,7 +160,7 @@ class FakeService(GenerationServiceServicer):
     def ListEngines(  # noqa: N802
         self, request: generation_pb2.ListEnginesRequest, context: grpc.ServicerContext
     ) -> generation_pb2.ListEnginesResponse:
-        return generation_pb2.ListEnginesResponse(engines=[ENGINE])
+        return generation_pb2.ListEnginesResponse(engines=self.engines)
 
 
 @contextmanager

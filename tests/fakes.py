@@ -11,7 +11,9 @@ import numpy as np
 from sdserver.backends import EncodedText
 
 if TYPE_CHECKING:
-    from sdserver.backends import Floats, Pixels
+    from collections.abc import Callable
+
+    from sdserver.backends import Floats, Integers, Pixels
     from sdserver.engines import Engine
     from sdserver.request import Emphasis
 
@@ -23,8 +25,10 @@ class FakeBackend:
     """An ideal denoiser of single points: a text means one latent value, `mean_of(text)`, and x0 is always that.
 
     Text states hold that value, times the mean factor of the text's characters, so that blended states mean blended
-    values. Words are tokens. `delay` seconds pass in each UNet call, `encode_delay` in each of the text encoder.
-    `error` is raised by every call while it is set.
+    values, and text features are at the angle of that value. Words are tokens. `delay` seconds pass in each UNet call
+    and CLIP gradient, `encode_delay` in each call of the text encoder.
+    `error` is raised by every call while it is set, `safety_error` by those of the safety model, whose only class has
+    the `score` of a picture: its brightness, unless the test has another.
     """
 
     delay: float = 0.0
@@ -35,7 +39,17 @@ class FakeBackend:
     texts: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     decoded: int = 0
+    encoded: list[Pixels] = field(default_factory=list)
+    clip_seeds: list[int] = field(default_factory=list)
+    clip_targets: list[Floats] = field(default_factory=list)
+    clip_error: Exception | None = None
+    unet_gradients: int = 0
+    classified: list[Pixels] = field(default_factory=list)
+    score: Callable[[Pixels], float] = field(default=lambda picture: float(picture.mean()) / 255)
+    safety_error: Exception | None = None
     running: int = 0
+    loaded: list[str] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
     closed: bool = False
 
     @staticmethod
@@ -45,7 +59,14 @@ class FakeBackend:
 
     @property
     def calls(self) -> int:
-        return len(self.texts) + len(self.batches) + self.decoded
+        return (
+            len(self.texts)
+            + len(self.batches)
+            + self.decoded
+            + len(self.encoded)
+            + len(self.classified)
+            + len(self.clip_seeds)
+        )
 
     async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
         self._fail()
@@ -57,7 +78,9 @@ class FakeBackend:
         for part in emphasis:
             factors[part.start : part.end] = part.factor
         shape = chunks * engine.text_encoder.context_length, engine.text_encoder.width
-        return EncodedText(np.full(shape, self.mean_of(text) * factors.mean(), np.float32), tokens, chunks)
+        mean = self.mean_of(text)
+        features = np.array([np.cos(mean), np.sin(mean)], np.float32)
+        return EncodedText(np.full(shape, mean * factors.mean(), np.float32), tokens, chunks, features)
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         self._fail()
@@ -67,14 +90,17 @@ class FakeBackend:
             await asyncio.sleep(self.delay)
         finally:
             self.running -= 1
-        # Parameters of v-prediction (Salimans and Ho 2022): x = alpha x0 + sigma eps, v = (alpha x - x0) / sigma.
-        assert engine.prediction_type == "v_prediction"
-        schedule = engine.noise_schedule
-        sigmas = np.array([schedule.sigma_at(float(timestep)) for timestep in timesteps])[:, None, None, None]
-        alpha, sigma = 1 / np.sqrt(sigmas**2 + 1), sigmas / np.sqrt(sigmas**2 + 1)
+        # v-prediction (Salimans and Ho 2022): x = alpha x0 + sigma eps, v = (alpha x - x0) / sigma.
+        alpha, sigma = self._alpha_and_sigma(engine, timesteps)
         means = text_states.mean(axis=(1, 2))[:, None, None, None]
         prediction = (alpha * latents - means) / sigma
         return np.full_like(latents, np.nan) if self.not_finite else prediction.astype(np.float32)
+
+    def _alpha_and_sigma(self, engine: Engine, timesteps: Floats) -> tuple[Floats, Floats]:
+        assert engine.prediction_type == "v_prediction"
+        schedule = engine.noise_schedule
+        sigmas = np.array([schedule.sigma_at(float(timestep)) for timestep in timesteps])[:, None, None, None]
+        return 1 / np.sqrt(sigmas**2 + 1), sigmas / np.sqrt(sigmas**2 + 1)
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         self._fail()
@@ -82,6 +108,54 @@ class FakeBackend:
         scale = engine.latents.downsampling
         grey = np.clip(latents[:, :3] * 127 + 128, 0, 255).round().astype(np.uint8)
         return grey.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)
+
+    async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
+        """The inverse of `decode`: the mean of the pixels that a place of the latents stands for."""
+        self._fail()
+        self.encoded += list(pixels)
+        scale = engine.latents.downsampling
+        count, height, width, _ = pixels.shape
+        cells = pixels.reshape(count, height // scale, scale, width // scale, scale, 3).mean(axis=(2, 4))
+        colours = ((cells - 128) / 127).transpose(0, 3, 1, 2)
+        rest = np.zeros((count, engine.latents.channels - 3, *colours.shape[2:]))
+        return np.asarray(np.concatenate([colours, rest], axis=1), np.float32)
+
+    async def classify(self, pictures: Pixels) -> Floats:
+        self._fail()
+        if self.safety_error is not None:
+            raise self.safety_error
+        self.classified += list(pictures)
+        return np.array([[self.score(picture)] for picture in pictures], np.float32)
+
+    async def clip_gradient(
+        self, engine: Engine, latents: Floats, targets: Floats, seeds: Integers, cutouts: Integers
+    ) -> Floats:
+        """By a loss of half the squared distance to the latent value that the text means."""
+        self._fail()
+        self.clip_seeds += seeds.tolist()
+        self.clip_targets += list(targets)
+        if self.clip_error is not None:
+            raise self.clip_error
+        await asyncio.sleep(self.delay)
+        gradients: Floats = latents - np.arctan2(targets[:, 1], targets[:, 0])[:, None, None, None]
+        return gradients
+
+    async def unet_gradient(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
+    ) -> Floats:
+        self._fail()
+        self.unet_gradients += len(latents)
+        # `predict` is linear in its latents.
+        alpha, sigma = self._alpha_and_sigma(engine, timesteps)
+        return np.asarray(alpha / sigma * gradients, np.float32)
+
+    async def load(self, engine: Engine) -> None:
+        self._fail()
+        self.loaded.append(engine.id)
+
+    async def unload(self, engine: Engine) -> None:
+        self._fail()
+        self.unloaded.append(engine.id)
 
     async def is_ready(self, engine: Engine) -> bool:
         return self.ready

@@ -92,6 +92,13 @@ def test_noise_and_rescale_are_options_of_which_0_is_a_value() -> None:
     }
 
 
+def test_windows_and_tiling_are_options() -> None:
+    request = generate("a lake", "--window", "0", "--tile-x")
+    assert (request["windows"].HasField("size"), request["windows"].HasField("overlap")) == (True, False)
+    assert (request["tile_x"], "tile_y" in request) == (True, False)
+    assert generate("a lake", "--window-overlap", "64")["windows"].overlap == 64
+
+
 def test_what_is_not_said_is_not_sent() -> None:
     assert generate("a lake").keys() == {"prompts", "output"}
 
@@ -199,7 +206,7 @@ def test_json_reports_the_images_and_the_resolved_request(capsys: pytest.Capture
     assert [made["path"] for made in report["images"]] == ["out-0.png", "out-1.png"]
     assert [made["seed"] for made in report["images"]] == [40, 41]
     assert report["options"]["guidance_scale"] == 7.1
-    assert report["options"]["output"] == {"media_type": "image/png", "quality": None}
+    assert report["options"]["output"] == {"media_type": "image/png", "quality": None, "metadata": None}
     assert report["prompts"][-1] == {"text": "trees", "weight": -1.0, "emphasis": []}
     assert report["prompt_usage"] == [{"tokens": tokens, "chunks": 1} for tokens in (2, 1, 1)]
     assert report["timings"]["total"] == 1.5
@@ -298,3 +305,47 @@ def test_open_opens_the_image(folder: Path) -> None:
         )
     assert done.returncode == 0
     assert (folder / "opened").read_text() == (folder / "out.png").as_uri()
+
+
+def test_flags_about_images_become_their_options(folder: Path) -> None:
+    (folder / "lake.jpg").write_bytes(b"lake")
+    (folder / "mask.png").write_bytes(b"mask")
+    started = ["--init", "lake.jpg", "--strength", "0", "--fit", "contain", "--mask", "mask.png", "--feather", "0"]
+    fields = generate("a house", *started, "--outpaint", "64,0,8,0")
+    init_image, mask, outpaint = (fields[name] for name in ("init_image", "mask", "outpaint"))
+    assert (init_image.data, init_image.HasField("strength"), init_image.fit) == (b"lake", True, 2)
+    assert (mask.data, mask.HasField("feather")) == (b"mask", True)
+    assert (outpaint.left, outpaint.right, outpaint.top, outpaint.bottom) == (64, 0, 8, 0)
+    varied = generate("a lake", "--variation-strength", "0.25", "--variation-seed", "0")["variation"]
+    assert (varied.strength, varied.HasField("seed")) == (0.25, True)
+    assert not generate("a lake", "--two-pass")["two_pass"].ListFields()
+    large = generate("a lake", "--two-pass-size", "128x96", "--two-pass-strength", "0.5")["two_pass"]
+    assert (large.width, large.height, large.strength) == (128, 96, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--strength", "0"], "--strength needs --init"),
+        (["--mask", "mask.png"], "--mask needs --init"),
+        (["--variation-seed", "1"], "--variation-seed needs --variation-strength"),
+        (["--outpaint", "64"], "64 are no four whole numbers"),
+        (["--two-pass-size", "128"], "128 is no size"),
+    ],
+)
+def test_flags_about_images_that_cannot_be_are_wrong_usage(
+    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "a lake", *flags])
+    assert caught.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_the_report_of_an_image_that_was_started_from_another_is_json(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "lake.jpg").write_bytes(b"lake")
+    generate("a house", "--init", "lake.jpg", "--json")
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert options["init_image"] == {"strength": None, "fit": None, "sha256": None}

@@ -15,17 +15,22 @@ from sdclient import (
     Client,
     ClipGuidance,
     Emphasis,
+    Fit,
     GenerateOptions,
     GuidanceInterval,
     InitImage,
     InvalidRequestError,
     Mask,
+    Outpaint,
     Output,
     PreviewOptions,
     Prompt,
     PromptUsage,
     Sampler,
     Schedule,
+    TwoPass,
+    Variation,
+    Windows,
 )
 from sdclient._wire import to_event, to_request
 
@@ -48,10 +53,16 @@ EVERYTHING: GenerateOptions = {
     "guidance_scale": 7.1,
     "guidance_interval": GuidanceInterval(0.1, 0.9),
     "blending": "composable",
-    "clip_guidance": ClipGuidance(scale=0.5, cutouts=8, start=0.1, end=0.7, prompt="a boat"),
-    "init_image": InitImage(b"image", strength=0.6),
-    "mask": Mask(b"mask"),
-    "output": Output("image/webp", quality=80),
+    "clip_guidance": ClipGuidance(scale=0.5, cutouts=8, start=0.1, end=0.7, prompt="a boat", preset="strong", exact=True),
+    "init_image": InitImage(b"image", strength=0.6, fit="contain", sha256="0a" * 32),
+    "mask": Mask(b"mask", feather=2.5, sha256="0b" * 32),
+    "outpaint": Outpaint(left=64, bottom=8),
+    "variation": Variation(0.3, seed=2**63 - 1),
+    "two_pass": TwoPass(width=128, height=64, strength=0.0),
+    "windows": Windows(size=512, overlap=128),
+    "tile_x": True,
+    "tile_y": True,
+    "output": Output("image/webp", quality=80, metadata=False),
     "preview": PreviewOptions(every_steps=2),
 }
 
@@ -131,6 +142,7 @@ def test_every_field_of_the_contract_is_an_option() -> None:
         (Sampler, sampling_pb2.Sampler),
         (Schedule, sampling_pb2.Schedule),
         (Blending, generation_pb2.Blending),
+        (Fit, generation_pb2.Fit),
     ],
 )
 def test_every_value_of_the_contracts_enums_has_its_name(names: Any, enum: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from checkpoints import Model
 from PIL import Image
 from sdserver.server import Server
 
@@ -25,8 +26,8 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 async def run(folder: Path, command: list[str], **environment: str) -> str:
@@ -60,16 +61,57 @@ async def test_the_client_commands_of_the_readme_run(triton_settings: ServeSetti
     assert size(tmp_path / "out.png") == (384, 128)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "stream", "asynchronous", "errors"])
+async def test_the_commands_of_the_panoramas_run(triton_settings: ServeSettings, tmp_path: Path) -> None:
+    commands = "".join(blocks("sh", "docs/panoramas.md")).splitlines()
+    assert len(commands) == 3
+    async with Server(triton_settings) as server:
+        for command in commands:
+            await run(tmp_path, [*shlex.split(command), "-s", "2"], SDCLIENT_SERVER=f"127.0.0.1:{server.port}")
+    assert size(tmp_path / "out.png") == (256, 128)
+
+
+def test_the_python_of_the_panoramas_is_that_of_its_example() -> None:
+    [code] = blocks("python", "docs/panoramas.md")
+    lines = (ROOT / "examples/panorama.py").read_text().splitlines()
+    assert set(code.splitlines()) <= set(lines)
+
+
+async def test_the_python_and_the_commands_of_the_images_run(triton_settings: ServeSettings, tmp_path: Path) -> None:
+    commands = "".join(blocks("sh", "docs/images.md")).splitlines()
+    assert len(commands) == 2
+    async with Server(triton_settings) as server:
+        address = f"127.0.0.1:{server.port}"
+        for code in blocks("python", "docs/images.md"):
+            await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, address)])
+        for command in commands:
+            await run(tmp_path, [*shlex.split(command), "-s", "4"], SDCLIENT_SERVER=address)
+    assert size(tmp_path / "sunset.png") == size(tmp_path / "trees.png") == (128, 128)
+    assert size(tmp_path / "wide.png") == (256, 128)
+    assert size(tmp_path / "large.png") == (256, 256)
+    assert size(tmp_path / "variation-2.png") == (128, 128)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "stream", "asynchronous", "errors", "panorama", "images"])
 async def test_the_examples_run(triton_settings: ServeSettings, tmp_path: Path, name: str) -> None:
     code = (ROOT / "examples" / f"{name}.py").read_text()
     async with Server(triton_settings) as server:
         await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, f"127.0.0.1:{server.port}")])
 
 
+async def test_the_commands_of_the_engines_run(tmp_path: Path) -> None:
+    Model("2", "v_prediction").save_original(tmp_path / "v2-1_768-ema-pruned.safetensors")
+    [block] = blocks("sh", "docs/engines.md")
+    outputs = [
+        await run(tmp_path, shlex.split(command), SDSERVER_MODEL_REPOSITORY=str(tmp_path / "repository"))
+        for command in block.splitlines()
+    ]
+    assert "v_prediction" in outputs[1]
+    assert outputs[2:] == ["stable-diffusion-768-v2-1: whole\n", "stable-diffusion-768-v2-1 is removed\n"]
+
+
 def test_every_example_is_run_by_a_test() -> None:
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"quickstart", "stream", "asynchronous", "errors", "demo"}
+    assert names == {"quickstart", "stream", "asynchronous", "errors", "panorama", "images", "demo"}
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sdserver.noise import MAX_SEED, ImageNoise
+from sdserver.noise import MAX_SEED, ImageNoise, VariedNoise, slerp
 
 SHAPE = (4, 16, 16)
 
@@ -65,3 +65,37 @@ def test_the_numbers_of_a_seed_never_change() -> None:
 def test_seeds_outside_the_contract_are_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=f"seed={seed}: 0 to {MAX_SEED}"):
         ImageNoise(seed)
+
+
+def test_the_passes_of_an_image_draw_different_noise() -> None:
+    noise = ImageNoise(5)
+    drawn = [noise.initial(SHAPE, number) for number in (0, 1)]
+    for number in (0, 1):
+        step = noise.steps(SHAPE, number)
+        drawn += [step(), step()]
+    for one, other in combinations(drawn, 2):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.15
+
+
+def test_a_variation_of_strength_0_is_the_image_and_of_strength_1_the_other_in_every_draw() -> None:
+    one, other = ImageNoise(3), ImageNoise(4)
+    for strength, same in ((0.0, one), (1.0, other)):
+        varied = VariedNoise(3, other, strength)
+        for number in (0, 1):
+            assert varied.initial(SHAPE, number).tobytes() == same.initial(SHAPE, number).tobytes()
+            assert varied.steps(SHAPE, number)().tobytes() == same.steps(SHAPE, number)().tobytes()
+
+
+def test_a_variation_moves_steadily_and_stays_noise() -> None:
+    one, other = ImageNoise(3).initial(SHAPE), ImageNoise(4).initial(SHAPE)
+    shares = np.linspace(0, 1, 11)
+    way = [slerp(one, other, float(share)) for share in shares]
+    distances = [float(np.linalg.norm(step - one)) for step in way]
+    assert all(np.diff(distances) > 0)
+    assert [step.dtype for step in way] == [np.float32] * 11
+    assert [float(step.std()) for step in way] == pytest.approx([1] * 11, abs=0.05)
+
+
+def test_noise_on_the_way_to_itself_stays_where_it_is() -> None:
+    noise = ImageNoise(3).initial(SHAPE)
+    np.testing.assert_allclose(slerp(noise, noise, 0.3), noise, rtol=1e-6)

@@ -21,6 +21,7 @@ from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import CLIP, SimpleTokenizer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sdmodels.batching import run_together
 from sdmodels.chunking import COMMA_REACH, Emphasis, chunk_ends, fragments
@@ -30,7 +31,7 @@ from sdmodels.python_backend import BackendModel
 from sdmodels.text_encoder import TextEncoder
 from sdmodels.tokenizer import LONGEST_WORD, Tokenizer
 from sdmodels.unet import UNet
-from sdmodels.vae import VaeDecoder
+from sdmodels.vae import VaeDecoder, VaeEncoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,6 +60,11 @@ def unet() -> UNet:
 @pytest.fixture(scope="module")
 def decode() -> VaeDecoder:
     return VaeDecoder(ENGINE)
+
+
+@pytest.fixture(scope="module")
+def encode_image() -> VaeEncoder:
+    return VaeEncoder(ENGINE)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def test_text_states_are_those_of_open_clips_penultimate_layer(
     ],
 )
 def test_token_counts_leave_out_start_and_end(encode: TextEncoder, text: str, tokens: int, chunks: int) -> None:
-    states, *counts = encode(text)
+    states, *counts, _ = encode(text)
     assert counts == [tokens, chunks]
     assert states.shape == (chunks * CONTEXT_LENGTH, WIDTH)
 
@@ -125,13 +131,13 @@ def test_a_text_of_any_length_keeps_its_last_word(encode: TextEncoder, length: i
 
 def test_every_chunk_is_encoded_as_a_text_of_its_own(encode: TextEncoder) -> None:
     first, second = "trees " * 60 + "lake, ", "sea " * 30
-    states, tokens, chunks = encode(first + second)
+    states, tokens, chunks, _ = encode(first + second)
     assert (tokens, chunks) == (92, 2)
     np.testing.assert_array_equal(states, np.concatenate([encode(first)[0], encode(second)[0]]))
 
 
 def test_of_a_text_with_too_many_chunks_only_the_first_is_encoded(encode: TextEncoder) -> None:
-    states, tokens, chunks = encode("a " * 1201)
+    states, tokens, chunks, _ = encode("a " * 1201)
     assert (tokens, chunks) == (1201, 17)
     np.testing.assert_array_equal(states, encode("a " * 75)[0])
 
@@ -186,7 +192,7 @@ def test_only_emphasised_tokens_change_their_strength_and_the_prompt_keeps_its_o
 ) -> None:
     text = "a " * 70 + "b, old trees stand at the lake"
     start = text.index("old")
-    plain, _, chunks = encode(text)
+    plain, _, chunks, _ = encode(text)
     states = encode(text, [(start, start + len("old trees"), factor)])[0]
     assert chunks == 2
     # The second chunk begins after the comma.
@@ -306,6 +312,39 @@ def test_images_are_those_of_diffusers(decode: VaeDecoder) -> None:
     difference = np.abs(images.astype(int) - np.stack(expected))
     assert difference.max() <= 1
     assert difference.mean() < 1e-3
+
+
+@torch.inference_mode()
+def test_latents_of_images_are_the_mean_that_diffusers_gives(encode_image: VaeEncoder) -> None:
+    reference = AutoencoderKL.from_pretrained(ENGINE / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    pixels = rng.integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    images = VaeImageProcessor().preprocess([Image.fromarray(row) for row in pixels])
+    expected = reference.encode(images).latent_dist.mean * reference.config.scaling_factor
+
+    latents = encode_image(pixels)
+
+    assert latents.shape == (2, 4, 8, 12)
+    assert latents.dtype == np.float32
+    np.testing.assert_allclose(latents, expected.numpy(), atol=2e-5)
+
+
+def test_latents_do_not_depend_on_their_company_and_are_the_same_again(encode_image: VaeEncoder) -> None:
+    pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    together = encode_image(pixels)
+    for row in range(3):
+        np.testing.assert_array_equal(encode_image(pixels[row : row + 1])[0], together[row])
+
+
+def test_what_is_decoded_and_encoded_is_nearly_what_it_was(decode: VaeDecoder, encode_image: VaeEncoder) -> None:
+    smooth = np.asarray(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))[None]
+    again = decode(encode_image(smooth))
+    assert np.abs(again.astype(int) - smooth).mean() < 12
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 60, 3), (1, 63, 64, 3), (1, 64, 64, 4), (1, 0, 64, 3)])
+def test_images_that_are_no_whole_latents_are_refused(encode_image: VaeEncoder, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match="multiples of 8"):
+        encode_image(np.zeros(shape, np.uint8))
 
 
 def test_an_image_does_not_depend_on_its_company(decode: VaeDecoder) -> None:

@@ -16,20 +16,38 @@ SOURCES = {
 }
 # The server's modules: each may import only what stands above it.
 LAYERS = [
-    {"samplers.query", "schedules", "parameterization", "noise", "errors", "settings", "logs", "triton_host"},
+    {"canvas", "pictures"},
+    {
+        "samplers.query",
+        "schedules",
+        "parameterization",
+        "noise",
+        "windows",
+        "block_list",
+        "errors",
+        "settings",
+        "logs",
+        "triton_host",
+    },
     {"triton_process", "samplers.deterministic", "samplers.stochastic"},
     {"samplers"},
-    {"engines"},
-    {"request"},
-    {"guidance", "images", "admission", "step_scheduler", "backends"},
-    {"text_cache", "outbox", "denoiser", "backends.triton", "backends.in_process"},
-    {"generation"},
+    {"engines", "safety_model", "inpainting"},
+    {"request", "xmp", "conversion", "engine_families", "triton_models"},
+    {"infotext", "engine_store"},
+    {"metadata"},
+    {"passes", "guidance", "images", "signing", "admission", "step_scheduler", "backends"},
+    {"clip_guidance"},
+    {"text_cache", "outbox", "denoiser", "decoding", "engine_schedulers", "backends.triton", "backends.in_process"},
+    {"image_writer", "safety", "encoding", "engine_pool"},
+    {"generation", "engine_watch"},
     {"pipeline", "wire.names"},
-    {"wire.reading", "wire.writing"},
+    {"wire.reading_images", "wire.reading_windows", "wire.reading_clip_guidance", "wire.writing"},
+    {"wire.reading"},
     {"wire"},
     {"service"},
     {"health"},
     {"server"},
+    {"engine_command"},
     {"__main__"},
 ]
 
@@ -74,14 +92,23 @@ def test_client_and_server_know_the_contract_and_not_each_other() -> None:
 
 
 def test_generated_code_has_one_door_on_each_side() -> None:
-    assert importers("sdserver", "sdapi") == {"wire.names", "wire.reading", "wire.writing", "service", "server"}
+    assert importers("sdserver", "sdapi") == {
+        "wire.names",
+        "wire.reading",
+        "wire.reading_clip_guidance",
+        "wire.reading_images",
+        "wire.reading_windows",
+        "wire.writing",
+        "service",
+        "server",
+    }
     assert importers("sdclient", "sdapi") == {"_wire", "_sync", "_async"}
 
 
 def test_the_arithmetic_imports_nothing_but_numpy_and_the_standard_library() -> None:
     allowed = sys.stdlib_module_names | {"numpy"}
     samplers = {name for name in modules("sdserver") if name.split(".")[0] == "samplers"}
-    for name in samplers | {"schedules", "parameterization", "noise"}:
+    for name in samplers | {"schedules", "parameterization", "noise", "windows"}:
         used = {module for module in imports(modules("sdserver")[name]) if not module.startswith("sdserver.samplers.")}
         assert {module.split(".")[0] for module in used} <= allowed, name
 

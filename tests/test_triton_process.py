@@ -162,12 +162,14 @@ async def test_the_text_encoder_answers_as_without_triton(client: InferenceServe
             "emphasis_range": np.array([part[:2] for part in emphasis], np.int32).reshape(1, -1, 2),
             "emphasis_factor": np.array([[factor for *_, factor in emphasis]], np.float32),
         }
-        states, tokens, chunks = encode(text, emphasis)
+        states, tokens, chunks, features = encode(text, emphasis)
         model = f"{ENGINE}.text_encoder"
         answer = await infer(client, model, "text_states", **inputs)
         np.testing.assert_allclose(answer, states[None], atol=5e-6)
         assert (await infer(client, model, "token_count", **inputs)).tolist() == [[tokens]]
         assert (await infer(client, model, "chunk_count", **inputs)).tolist() == [[chunks]]
+        assert features is not None
+        np.testing.assert_allclose(await infer(client, model, "text_features", **inputs), features[None], atol=5e-6)
 
 
 async def test_the_unet_answers_as_without_triton(client: InferenceServerClient) -> None:

@@ -7,8 +7,8 @@
         image.save("lake.png")
 
 `Client` and its twin `AsyncClient` generate (`generate`), generate and show how it goes (`stream`), and list engines
-(`engines`). `parse_prompts` and `format_prompts` read and write prompt syntax. Everything that can go wrong with a call
-is an `SDError`.
+(`engines`). `parse_prompts` and `format_prompts` read and write prompt syntax, `read_metadata` says how an image was
+made. Everything that can go wrong is an `SDError`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from __future__ import annotations
 from ._async import AsyncClient
 from ._errors import (
     AuthenticationError,
+    BlockedImageError,
     CancelledError,
     DeadlineExceededError,
     InvalidRequestError,
+    MetadataError,
     NotFoundError,
     PromptSyntaxError,
     SDError,
@@ -27,27 +29,50 @@ from ._errors import (
     UnavailableError,
     UnsupportedError,
 )
-from ._events import Accepted, Event, Finished, Image, Preview, Progress, PromptUsage, Timings, Usage
+from ._events import (
+    Accepted,
+    Event,
+    Finished,
+    Image,
+    Preview,
+    Progress,
+    PromptUsage,
+    Safety,
+    SafetyOutcome,
+    SafetyScore,
+    Timings,
+    Usage,
+)
+from ._metadata import Metadata, read_metadata
 from ._prompts import format_prompts, parse_prompts
 from ._sync import Client
 from ._types import (
     Blending,
     ClipGuidance,
+    ClipGuidancePreset,
+    ClipGuidanceSupport,
     Emphasis,
     Engine,
     EngineDefaults,
     EngineLimits,
+    Fit,
     GenerateOptions,
     GuidanceInterval,
     InitImage,
     License,
     Mask,
+    Outpaint,
     Output,
     PreviewOptions,
     Prompt,
     Prompts,
+    SafetyMode,
     Sampler,
     Schedule,
+    TwoPass,
+    Variation,
+    WindowDefaults,
+    Windows,
 )
 
 __all__ = [
@@ -55,9 +80,12 @@ __all__ = [
     "AsyncClient",
     "AuthenticationError",
     "Blending",
+    "BlockedImageError",
     "CancelledError",
     "Client",
     "ClipGuidance",
+    "ClipGuidancePreset",
+    "ClipGuidanceSupport",
     "DeadlineExceededError",
     "Emphasis",
     "Engine",
@@ -65,6 +93,7 @@ __all__ = [
     "EngineLimits",
     "Event",
     "Finished",
+    "Fit",
     "GenerateOptions",
     "GuidanceInterval",
     "Image",
@@ -72,7 +101,10 @@ __all__ = [
     "InvalidRequestError",
     "License",
     "Mask",
+    "Metadata",
+    "MetadataError",
     "NotFoundError",
+    "Outpaint",
     "Output",
     "Preview",
     "PreviewOptions",
@@ -82,14 +114,23 @@ __all__ = [
     "PromptUsage",
     "Prompts",
     "SDError",
+    "Safety",
+    "SafetyMode",
+    "SafetyOutcome",
+    "SafetyScore",
     "Sampler",
     "Schedule",
     "ServerBusyError",
     "ServerError",
     "Timings",
+    "TwoPass",
     "UnavailableError",
     "UnsupportedError",
     "Usage",
+    "Variation",
+    "WindowDefaults",
+    "Windows",
     "format_prompts",
     "parse_prompts",
+    "read_metadata",
 ]

@@ -1,7 +1,7 @@
-"""`sdclient` on the command line: generate images, list engines.
+"""`sdclient` on the command line: generate images, list engines, read how an image was made, make it again.
 
 Environment: SDCLIENT_SERVER is the default of --server, SDCLIENT_API_KEY the API key.
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 the safety check has blocked an image, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from ._errors import SDError
-from ._events import MEDIA_TYPES, Accepted, Finished, Image, Progress
+from ._clip_flags import add_clip_flags, clip_guidance
+from ._errors import BlockedImageError, SDError
+from ._events import MEDIA_TYPES, Accepted, Finished, Image
+from ._image_flags import add_image_flags, image_options
+from ._inspect import inspect
+from ._reproduce import reproduce
 from ._sync import Client
-from ._types import Blending, GenerateOptions, Output, Prompt, Sampler, Schedule
+from ._terminal import print_sections, progress_bar
+from ._types import Blending, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from ._events import Event
     from ._types import Engine
 
 
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sdclient: cancelled", file=sys.stderr)
         return 130
+    except BlockedImageError as error:
+        _report(error)
+        return 3
     except SDError as error:
         _report(error)
         return 1
@@ -94,10 +100,32 @@ def _parser() -> argparse.ArgumentParser:
     option("--churn", type=float, help="noise that euler, heun or dpm2 adds before its steps, 0 to 100")
     option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
     option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
+    option("--window", type=int, metavar="PIXELS", help="denoise large images in windows of this size; 0: as a whole")
+    option("--window-overlap", type=int, metavar="PIXELS", help="overlap of windows")
+    option("--tile-x", action="store_true", default=None, help="make the right border continue at the left one")
+    option("--tile-y", action="store_true", default=None, help="make the lower border continue at the upper one")
     option("--engine", metavar="ID", help="an engine of `sdclient engines`")
-    option("--quality", type=int, help="quality of JPEG and WebP, 1 to 100")
+    option("--quality", type=int, help="quality of JPEG, WebP and AVIF, 1 to 100")
+    option("--no-metadata", action="store_true", help="write images that do not say how they were made")
     option("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
     option("--open", action="store_true", help="open the images")
+    add_image_flags(generate)
+    add_clip_flags(generate)
+
+    inspecting = commands.add_parser("inspect", help="show how images were made, as their files say")
+    inspecting.set_defaults(command=lambda arguments: inspect(arguments.files, arguments.json))
+    inspecting.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+
+    reproducing = commands.add_parser("reproduce", parents=[common], help="make the pixels of an image again")
+    reproducing.set_defaults(command=_reproduce)
+    option = reproducing.add_argument
+    option("file", type=Path, metavar="FILE", help="an image that says how it was made; see `sdclient inspect`")
+    option("-o", "--output", dest="made", type=_file, metavar="FILE", help="default: FILE-again, in the same format")
+    option("--init", type=Path, metavar="FILE", help="the initial image that it was made from")
+    option("--mask", type=Path, metavar="FILE", help="the mask that it was made with")
+    option("--force", action="store_true", help="go on with another version of the engine, or with other pixels")
+    option("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
     return parser
 
 
@@ -136,14 +164,22 @@ def _report(error: SDError) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     prompts = [*arguments.prompts, *(Prompt(text, -1.0) for text in arguments.negative)]
+    # A flag with the name of an option may say only a part of it, as --mask does.
     chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
-    options = cast("GenerateOptions", chosen)
-    options["output"] = Output(MEDIA_TYPES[arguments.file.suffix.lower()], arguments.quality)
+    for name in ("mask", "outpaint", "two_pass"):
+        del chosen[name]
+    options = cast("GenerateOptions", {**chosen, **image_options(arguments)})
+    options["clip_guidance"] = clip_guidance(arguments)
+    if arguments.window is not None or arguments.window_overlap is not None:
+        options["windows"] = Windows(arguments.window, arguments.window_overlap)
+    media_type = MEDIA_TYPES[arguments.file.suffix.lower()]
+    options["output"] = Output(media_type, arguments.quality, False if arguments.no_metadata else None)
     pattern = _pattern(arguments.file, len(arguments.seeds) if arguments.seeds else arguments.image_count)
 
     start = time.monotonic()
     report: dict[str, Any] = {"images": []}
-    with _client(arguments) as client, _progress_bar() as show, client.stream(prompts, **options) as events:
+    blocked = 0
+    with _client(arguments) as client, progress_bar() as show, client.stream(prompts, **options) as events:
         for event in events:
             show(event)
             match event:
@@ -157,27 +193,50 @@ def _generate(arguments: argparse.Namespace) -> None:
                     if not arguments.json:
                         _print_long_prompts(event)
                 case Image():
-                    path = event.save(pattern.replace("{index}", str(event.index)).replace("{seed}", str(event.seed)))
+                    blocked += event.blocked
+                    named = pattern.replace("{index}", str(event.index)).replace("{seed}", str(event.seed))
+                    path = None if event.blocked else event.save(named)
                     seconds = time.monotonic() - start
                     report["images"].append(
                         {
-                            "path": str(path),
+                            "path": path and str(path),
                             "media_type": event.media_type,
                             "width": event.width,
                             "height": event.height,
                             "index": event.index,
                             "seed": event.seed,
                             "seconds": round(seconds, 3),
+                            "safety": event.safety,
                         }
                     )
                     if not arguments.json:
-                        print(f"{path}  {event.width}x{event.height}  seed {event.seed}  {seconds:.2f} s", flush=True)
-                    if arguments.open:
+                        what = f"{path or 'no file'}  {event.width}x{event.height}  seed {event.seed}  {seconds:.2f} s"
+                        print(what + _objection(event), flush=True)
+                    if arguments.open and path is not None:
                         _open(path)
                 case Finished():
                     report |= {"usage": event.usage, "timings": event.timings}
     if arguments.json:
-        print(json.dumps(report, indent=2, default=asdict))
+        print(json.dumps(report, indent=2, default=_plain))
+    if blocked:
+        raise BlockedImageError(
+            f"the server's safety check has blocked {blocked} of {len(report['images'])} images; try another prompt or "
+            "seed",
+            code="OK",
+        )
+
+
+def _objection(image: Image) -> str:
+    """What the safety check did and why; empty where it passed, or was not made."""
+    if image.safety is None or image.safety.outcome == "passed":
+        return ""
+    reached = [f"{each.label} {each.score:.2f}" for each in image.safety.reached]
+    return f"  {image.safety.outcome or 'changed'} by the safety check: {', '.join(reached)}"
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON can have it: the data of an image is in its own file."""
+    return {name: part for name, part in asdict(value).items() if not isinstance(part, bytes)}
 
 
 def _print_long_prompts(accepted: Accepted) -> None:
@@ -199,47 +258,24 @@ def _open(path: Path) -> None:
     webbrowser.open(path.resolve().as_uri())
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Event], None]]:
-    """Shows events on standard error, if that is a terminal: the place in the queue, then steps and times."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as ProgressBar
-    except ImportError:
-        print("sdclient: no progress bar without rich: pip install 'sd-service[cli]'", file=sys.stderr)
-        yield lambda event: None
-        return
+# ---------------------------------------------------------------------------------------------------------- reproduce
 
-    console = Console(stderr=True)
-    with ProgressBar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("connecting", total=None)
 
-        def show(event: Event) -> None:
-            match event:
-                case Accepted(queue_position=0):
-                    bar.update(task, description="starting")
-                case Accepted(queue_position=ahead):
-                    bar.update(task, description=f"waiting, {ahead} ahead")
-                case Progress(step, steps):
-                    bar.update(
-                        task, description="denoising" if step < steps else "decoding", completed=step, total=steps
-                    )
-                case Image():
-                    bar.stop()
-
-        yield show
+def _reproduce(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        made = reproduce(
+            client,
+            arguments.file,
+            arguments.made,
+            init=arguments.init,
+            mask=arguments.mask,
+            force=arguments.force,
+            timeout=arguments.timeout,
+        )
+    if arguments.json:
+        print(json.dumps(made, indent=2, default=str))
+    else:
+        print(f"{made['path']}  seed {made['seed']}  {made['verdict']}")
 
 
 # ------------------------------------------------------------------------------------------------------------ engines
@@ -254,15 +290,17 @@ def _engines(arguments: argparse.Namespace) -> None:
         _print_table(engines)
 
 
-def _print_table(engines: Sequence[Engine]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise ImportError("the table needs rich: pip install 'sd-service[cli]', or use --json") from error
+def _clip_presets(engine: Engine) -> str:
+    if engine.clip_guidance is None:
+        return "none"
+    return "; ".join(
+        f"{preset.name}: scale {preset.scale:g}, cutouts {preset.cutouts}, steps {preset.start:.0%} to {preset.end:.0%}"
+        for preset in engine.clip_guidance.presets
+    )
 
-    table = Table(show_header=False)
+
+def _print_table(engines: Sequence[Engine]) -> None:
+    sections = []
     for engine in engines:
         limits, defaults = engine.limits, engine.defaults
         rows = {
@@ -270,21 +308,26 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "": engine.description,
             "sizes": f"{limits.min_size} to {limits.max_size} px, at most {limits.max_pixels} pixels; "
             f"trained for {engine.native_width}x{engine.native_height}",
+            "windows": "none"
+            if engine.windows is None
+            else f"{engine.windows.size} px, which overlap by {engine.windows.overlap} px",
             "limits": f"{limits.max_steps} steps, {limits.max_image_count} images, "
             f"{limits.max_prompt_chunks} chunks of 75 tokens a prompt",
+            "initial images": f"at most {limits.max_image_bytes} bytes and {limits.max_image_pixels} pixels"
+            if engine.image_to_image
+            else "none",
             "defaults": f"{defaults.width}x{defaults.height}, {defaults.steps} steps, {defaults.sampler}, "
             f"{defaults.schedule}, guidance scale {defaults.guidance_scale:g}",
             "samplers": ", ".join(engine.samplers),
             "schedules": ", ".join(engine.schedules),
             "formats": ", ".join(engine.media_types),
+            "safety check": engine.safety_mode or "unknown",
+            "CLIP guidance": _clip_presets(engine),
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
             "restrictions": engine.license.use_restrictions or "none",
         }
-        for name, value in rows.items():
-            # Text: what a server says is no markup.
-            table.add_row(name, Text(value))
-        table.add_section()
-    Console().print(table)
+        sections.append(rows)
+    print_sections(sections)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@
     +-- CancelledError           the call was cancelled; nothing to do
     +-- AuthenticationError      pass another api_key
     +-- ServerError              report it, with .request_id
+    +-- BlockedImageError        look at image.blocked before image.save(); try another prompt or seed
+    +-- MetadataError            take the file as the server sent it (also ValueError)
 
 The gRPC error stays reachable as `__cause__`.
 """
@@ -101,6 +103,14 @@ class AuthenticationError(SDError):
 
 class ServerError(SDError):
     """A fault of the server."""
+
+
+class BlockedImageError(SDError):
+    """The server's safety check has blocked this image: there is no picture to save, show or read."""
+
+
+class MetadataError(SDError, ValueError):
+    """A file does not say how it was made, or cannot be read."""
 
 
 _ERRORS: dict[str, type[SDError]] = {

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from ._errors import BlockedImageError
 
 if TYPE_CHECKING:
     import os
 
     from PIL.Image import Image as PILImage
 
+    from ._metadata import Metadata
     from ._types import GenerateOptions, Prompt
 
-MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".avif": "image/avif",
+}
 """File suffix -> the media type that it promises."""
 
 
@@ -74,14 +83,14 @@ class _Picture:
 
         Raises ValueError where the suffix promises another format: nothing is encoded again here.
         """
-        path = Path(path)
+        path, data = Path(path), self._file()
         promised = MEDIA_TYPES.get(path.suffix.lower(), self.media_type)
         if promised != self.media_type:
             raise ValueError(
                 f"{path.name} promises {promised}, but this image is {self.media_type}: choose another suffix, or ask "
                 f"for output=Output({promised!r})"
             )
-        path.write_bytes(self.data)
+        path.write_bytes(data)
         return path
 
     def to_pil(self) -> PILImage:
@@ -92,19 +101,22 @@ class _Picture:
             import PIL.Image
         except ImportError as error:
             raise ImportError("to_pil() and show() need Pillow: pip install 'sd-service[cli]'") from error
-        with PIL.Image.open(BytesIO(self.data)) as image:
+        with PIL.Image.open(BytesIO(self._file())) as image:
             image.load()
             return image
+
+    def _file(self) -> bytes:
+        return self.data
 
     def show(self) -> None:
         """Open the picture in this machine's viewer. Needs Pillow."""
         self.to_pil().show()
 
     def _repr_png_(self) -> bytes | None:
-        return self.data if self.media_type == "image/png" else None
+        return self.data if self.data and self.media_type == "image/png" else None
 
     def _repr_jpeg_(self) -> bytes | None:
-        return self.data if self.media_type == "image/jpeg" else None
+        return self.data if self.data and self.media_type == "image/jpeg" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +127,75 @@ class Preview(_Picture):
     """Denoising steps behind this picture."""
 
 
+SafetyOutcome = Literal["passed", "flagged", "blurred", "blocked"]
+"""What the server's safety check did with an image: nothing, for no class reached its threshold; sent it as it is, sent
+it blurred beyond recognition, or did not send it, though one did."""
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyScore:
+    """How far an image belongs to a class of the safety check."""
+
+    label: str
+    """Name of the class."""
+    score: float
+    """0 to 1."""
+    threshold: float
+    """From which score on the check acts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Safety:
+    """What the server's safety check made of an image."""
+
+    outcome: SafetyOutcome | None
+    """None: one that this version of the SDK does not know."""
+    scores: tuple[SafetyScore, ...]
+    """Of all its classes."""
+
+    @property
+    def reached(self) -> tuple[SafetyScore, ...]:
+        """The scores that reached their thresholds."""
+        return tuple(each for each in self.scores if each.score >= each.threshold)
+
+
 @dataclass(frozen=True, slots=True)
 class Image(_Picture):
-    """A finished image. It shows itself in a notebook."""
+    """A finished image. It shows itself in a notebook.
+
+    One that the server's safety check has blocked has no data: `blocked` says so, and whatever needs the picture raises
+    BlockedImageError.
+    """
 
     seed: int
     """The seed that reproduces this image alone."""
+    signed: bool = False
+    """Whether the file carries a signed C2PA manifest."""
+    safety: Safety | None = None
+    """What the server's safety check made of it. None: it has none."""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the safety check has withheld it."""
+        return self.safety is not None and self.safety.outcome == "blocked"
+
+    def _file(self) -> bytes:
+        if self.safety is not None and self.blocked:
+            reached = [f"{each.label} {each.score:.2f}" for each in self.safety.reached]
+            raise BlockedImageError(
+                f"image {self.index} was blocked by the server's safety check ({', '.join(reached)}): look at "
+                "image.blocked first, and try another prompt or seed",
+                code="OK",
+                reason="IMAGE_BLOCKED",
+            )
+        return self.data
+
+    @property
+    def metadata(self) -> Metadata:
+        """How it was made, as its file says. Raises MetadataError where that was not asked for."""
+        from ._metadata import read_metadata
+
+        return read_metadata(self._file())
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +208,8 @@ class Usage:
     """UNet rows computed: one latent under one condition at one noise level."""
     pixel_steps: int
     """Pixels of the generated size, summed over the UNet rows."""
+    clip_gradients: int = 0
+    """Gradients of CLIP guidance computed: one for each evaluation in which it acts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import os
+
+    from PIL.Image import Image as PILImage
+
+    from ._events import Image
 
 Sampler = Literal[
     "ddim",
@@ -80,36 +88,143 @@ class GuidanceInterval:
 
 @dataclass(frozen=True, slots=True)
 class ClipGuidance:
-    """Steers by a CLIP model's similarity to the prompt. `ClipGuidance()` turns it on with the engine's defaults."""
+    """Steers by a CLIP model's similarity to the prompt. `ClipGuidance()` turns on the engine's first preset."""
 
     scale: float | None = None
-    """Strength, 0 to 10."""
+    """Strength, 0 to 10: the most that a step shifts the latents, in their standard deviations."""
     cutouts: int | None = None
-    """Random crops that CLIP looks at in each step, 0 (the whole image) to 64."""
+    """Random crops that CLIP looks at in each evaluation, 0 (the whole image) to 64. Time grows with their number."""
     start: float | None = None
     """Fraction of the steps at which it starts, 0 to 1."""
     end: float | None = None
     """Fraction of the steps at which it ends, 0 to 1."""
     prompt: str | None = None
-    """What CLIP is asked to see; None: the positive prompts."""
+    """What CLIP is asked to see; None: the positive prompts, by weight."""
+    preset: str | None = None
+    """Name of one of `Engine.clip_guidance.presets`, the values of what is None here; None: the first one."""
+    exact: bool = False
+    """Takes the gradient through the UNet, too: about twice the time, and only where `Engine.clip_guidance.exact`."""
+
+
+Fit = Literal["cover", "contain", "stretch"]
+"""How an initial image or mask of another size becomes as wide and high as asked for: scaled in proportion until it
+covers everything, and cut; until all of it is inside, and the rest repainted; or in both directions by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitImage:
-    """The image to start from instead of noise."""
+    """The image to start from instead of noise. Its transparent pixels are repainted.
+
+    InitImage.open("lake.jpg", strength=0.5)    # a file
+    InitImage.of(image, strength=0.5)           # an image that was generated, or a Pillow image
+    """
 
     data: bytes = field(repr=False)
     """An encoded PNG, JPEG or WebP."""
     strength: float | None = None
     """How much of the schedule is run on it, 0 (keeps the image) to 1 (ignores it)."""
+    fit: Fit | None = None
+    """How it becomes as wide and high as asked for."""
+    sha256: str | None = None
+    """SHA-256 of `data` in lower-case hex. Resolved options have it, and no `data`."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, strength: float | None = None, fit: Fit | None = None) -> InitImage:
+        """The image in a file."""
+        return cls(Path(path).read_bytes(), strength, fit)
+
+    @classmethod
+    def of(cls, picture: Image | PILImage, *, strength: float | None = None, fit: Fit | None = None) -> InitImage:
+        """A generated image as it is, or a Pillow image as PNG."""
+        return cls(_encoded(picture), strength, fit)
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The part of the initial image to repaint."""
+    """The part of the initial image to repaint, fitted as that is.
+
+    Mask.open("mask.png")    # a file
+    Mask.of(drawing)         # a Pillow image
+    """
 
     data: bytes = field(repr=False)
     """An encoded PNG, JPEG or WebP, read as grey: white is repainted, black is kept."""
+    feather: float | None = None
+    """Width of the soft border between kept and repainted in pixels, 0 to 64."""
+    sha256: str | None = None
+    """SHA-256 of `data` in lower-case hex. Resolved options have it, and no `data`."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, feather: float | None = None) -> Mask:
+        """The mask in a file."""
+        return cls(Path(path).read_bytes(), feather)
+
+    @classmethod
+    def of(cls, picture: Image | PILImage, *, feather: float | None = None) -> Mask:
+        """A generated image as it is, or a Pillow image as PNG."""
+        return cls(_encoded(picture), feather)
+
+
+def _encoded(picture: Image | PILImage) -> bytes:
+    from io import BytesIO
+
+    from ._events import Image
+
+    if isinstance(picture, Image):
+        return picture._file()
+    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
+        # PNG has none of these.
+        picture = picture.convert("RGB")
+    file = BytesIO()
+    # Where a photograph's upper edge is stands in its EXIF alone.
+    picture.save(file, "PNG", exif=picture.getexif())
+    return file.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Outpaint:
+    """New margins around the initial image, in pixels of the result."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """Makes images that resemble that of the request's seed: image `i` moves towards that of `seed + i`."""
+
+    strength: float
+    """How far, 0 (the image of the request's seed) to 1 (the image of this seed)."""
+    seed: int | None = None
+    """0 to 2**63 - 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TwoPass:
+    """Generates a smaller image first, enlarges it and denoises it again, so that large images stay coherent.
+
+    `TwoPass()` turns it on.
+    """
+
+    width: int | None = None
+    """Width of the first pass in pixels. None: as many pixels as the engine was trained for, in the request's
+    proportions."""
+    height: int | None = None
+    """Height of the first pass in pixels; as `width`."""
+    strength: float | None = None
+    """How much of the schedule the second pass runs, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Overlapping windows in which images are denoised that are larger than the engine was trained for."""
+
+    size: int | None = None
+    """Width and height in pixels, a multiple of the engine's `size_multiple`; 0 turns windows off."""
+    overlap: int | None = None
+    """Overlap of neighbours in pixels, at most half of `size`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +232,11 @@ class Output:
     """File format of the images."""
 
     media_type: str | None = None
-    """`image/png`, `image/webp` or `image/jpeg`."""
+    """`image/png`, `image/webp`, `image/jpeg` or `image/avif`."""
     quality: int | None = None
     """Quality of a lossy format, 1 to 100."""
+    metadata: bool | None = None
+    """Whether the files say how they were made (see `read_metadata`). None: they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +284,22 @@ class GenerateOptions(TypedDict, total=False):
     clip_guidance: ClipGuidance | None
     """Turns on CLIP guidance."""
     init_image: InitImage | None
-    """Starts from this image instead of pure noise."""
+    """Starts from this image instead of pure noise. Without `width` and `height` the result has its size."""
     mask: Mask | None
     """Repaints only a part of `init_image`."""
+    outpaint: Outpaint | None
+    """Extends `init_image` beyond its borders."""
+    variation: Variation | None
+    """Makes variations of the image of `seed`, which all images then have."""
+    two_pass: TwoPass | None
+    """Generates a smaller image first and enlarges it."""
+    windows: Windows | None
+    """Denoises large images in overlapping windows of this size, instead of the engine's."""
+    tile_x: bool | None
+    """Makes the right border continue at the left one, so that images can be laid side by side without a seam. The
+    width is then a multiple of the engine's `size_multiple`."""
+    tile_y: bool | None
+    """Makes the lower border continue at the upper one; as `tile_x`."""
     output: Output | None
     """File format of the images."""
     preview: PreviewOptions | None
@@ -178,6 +308,27 @@ class GenerateOptions(TypedDict, total=False):
     """Names this request in logs, errors and events; at most 128 printable ASCII characters."""
     timeout: float | None
     """Seconds for the whole call, retries included, instead of the client's `timeout`. None: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipGuidancePreset:
+    """Values of `ClipGuidance` under a name."""
+
+    name: str
+    scale: float
+    cutouts: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClipGuidanceSupport:
+    """What CLIP guidance can do with an engine."""
+
+    presets: tuple[ClipGuidancePreset, ...]
+    """The default one first."""
+    exact: bool
+    """Whether it takes `ClipGuidance.exact`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +349,10 @@ class EngineLimits:
     """Most images of one request."""
     max_prompt_chunks: int
     """Most chunks of one prompt, of 75 tokens or fewer each."""
+    max_image_bytes: int
+    """Most bytes of an initial image or mask."""
+    max_image_pixels: int
+    """Most pixels of an initial image or mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +379,21 @@ class License:
     """Where its text is. May be empty."""
     use_restrictions: str
     """Restrictions on use, in plain words. Empty: none."""
+
+
+SafetyMode = Literal["off", "flag", "blur", "block"]
+"""What the server's safety check does with an image to which it objects: there is no check, or the image is sent as it
+is, sent blurred beyond recognition, or not sent. Previews are unchecked: `blur` blurs them, `block` leaves them out."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowDefaults:
+    """How an engine denoises images larger than it was trained for."""
+
+    size: int
+    """Width and height of a window, in pixels."""
+    overlap: int
+    """Overlap of neighbours, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,3 +427,11 @@ class Engine:
     media_types: tuple[str, ...]
     """Formats that it writes."""
     license: License
+    image_to_image: bool = False
+    """Whether it takes `init_image`, `mask`, `outpaint` and `two_pass`."""
+    windows: WindowDefaults | None = None
+    """Its windows for images larger than it was trained for. None: it takes none."""
+    clip_guidance: ClipGuidanceSupport | None = None
+    """What CLIP guidance can do. None: the engine has none."""
+    safety_mode: SafetyMode | None = None
+    """What the server's safety check does. None: it does not say."""

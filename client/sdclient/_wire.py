@@ -13,25 +13,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from ._errors import InvalidRequestError, PromptSyntaxError
-from ._events import Accepted, Finished, Image, Preview, Progress, PromptUsage, Timings, Usage
+from ._events import (
+    Accepted,
+    Finished,
+    Image,
+    Preview,
+    Progress,
+    PromptUsage,
+    Safety,
+    SafetyOutcome,
+    SafetyScore,
+    Timings,
+    Usage,
+)
 from ._prompts import parse_prompts
 from ._types import (
     Blending,
     ClipGuidance,
+    ClipGuidancePreset,
+    ClipGuidanceSupport,
     Emphasis,
     Engine,
     EngineDefaults,
     EngineLimits,
+    Fit,
     GenerateOptions,
     GuidanceInterval,
     InitImage,
     License,
     Mask,
+    Outpaint,
     Output,
     PreviewOptions,
     Prompt,
+    SafetyMode,
     Sampler,
     Schedule,
+    TwoPass,
+    Variation,
+    WindowDefaults,
+    Windows,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +102,9 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
 # Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "Blending": get_args(Blending),
+    "Fit": get_args(Fit),
+    "SafetyMode": get_args(SafetyMode),
+    "SafetyOutcome": get_args(SafetyOutcome),
     "Sampler": get_args(Sampler),
     "Schedule": get_args(Schedule),
 }
@@ -90,7 +114,9 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(PromptUsage, Progress, Preview, Image, Finished, Usage, Timings),
+        *(Outpaint, Variation, TwoPass, Windows, WindowDefaults),
+        *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
+        *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),
     )
 }
@@ -166,22 +192,22 @@ def _to_field(field: FieldDescriptor, value: Any) -> Any:
     if value is None:
         return None
     if field.is_repeated:
-        return [_to_item(item) for item in value]
+        return [_to_item(field, item) for item in value]
     if field.enum_type is not None:
         choices = _CHOICES[field.enum_type.name]
         if value not in choices:
             raise ValueError(f"{value!r} is none of {', '.join(choices)}")
-        return f"{field.enum_type.name}_{value}".upper()
-    return _to_item(value)
+        return _prefix(field.enum_type.name) + value.upper()
+    return _to_item(field, value)
 
 
-def _to_item(value: Any) -> Any:
-    if not is_dataclass(value):
+def _to_item(field: FieldDescriptor, value: Any) -> Any:
+    if not is_dataclass(value) or field.message_type is None:
         return value
-    items = {field.name: getattr(value, field.name) for field in fields(value)}
-    # A sequence is of messages.
+    items = {part.name: getattr(value, part.name) for part in fields(value)}
+    parts = field.message_type.fields_by_name
     return {
-        name: [_to_item(part) for part in item] if isinstance(item, tuple | list) else item
+        name: _to_field(parts[name], item) if name in parts else item
         for name, item in items.items()
         if item is not None
     }
@@ -211,12 +237,34 @@ def to_engines(response: ListEnginesResponse) -> list[Engine]:
 
 
 def _accepted(accepted: generation_pb2.Accepted) -> Accepted:
-    resolved = {field.name: _from_field(field, value) for field, value in accepted.request.ListFields()}
+    request_id, prompts, options = _resolved(accepted.request)
+    prompt_usage = tuple(_from_message(usage) for usage in accepted.prompt_usage)
+    return Accepted(request_id, prompts, options, accepted.queue_position, prompt_usage)
+
+
+def _resolved(request: GenerateRequest) -> tuple[str, tuple[Prompt, ...], GenerateOptions]:
+    """Request id, prompts and options of a request."""
+    resolved = {field.name: _from_field(field, value) for field, value in request.ListFields()}
     prompts = resolved.pop("prompts", ())
     request_id = resolved.pop("request_id", "")
     options = {name: value for name, value in resolved.items() if value is not None}
-    prompt_usage = tuple(_from_message(usage) for usage in accepted.prompt_usage)
-    return Accepted(request_id, prompts, cast("GenerateOptions", options), accepted.queue_position, prompt_usage)
+    return request_id, prompts, cast("GenerateOptions", options)
+
+
+def from_json(request: str) -> tuple[tuple[Prompt, ...], GenerateOptions]:
+    """Prompts and options of a request in protobuf's JSON.
+
+    Raises ValueError where it is none, or has something that this version does not know.
+    """
+    from google.protobuf import json_format
+    from sdapi.v1 import generation_pb2
+
+    try:
+        message = json_format.Parse(request, generation_pb2.GenerateRequest())
+    except (json_format.Error, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    _, prompts, options = _resolved(message)
+    return prompts, options
 
 
 def _from_message(message: Message) -> Any:
@@ -253,11 +301,16 @@ def _from_item(field: FieldDescriptor, value: Any) -> Any:
     if field.enum_type is not None:
         label = field.enum_type.values_by_number.get(value)
         # A newer server's label is unknown here; `unspecified` names nothing.
-        name = "" if label is None else label.name.removeprefix(f"{field.enum_type.name}_".upper()).lower()
+        name = "" if label is None else label.name.removeprefix(_prefix(field.enum_type.name)).lower()
         return name if name in _CHOICES[field.enum_type.name] else None
     if field.cpp_type == field.CPPTYPE_FLOAT:
         return _shortest(value)
     return value
+
+
+def _prefix(enum: str) -> str:
+    """What the names of an enum's labels start with: SAFETY_MODE_ for SafetyMode."""
+    return "".join(f"_{letter}" if letter.isupper() else letter.upper() for letter in enum).lstrip("_") + "_"
 
 
 def _shortest(value: float) -> float:

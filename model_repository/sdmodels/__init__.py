@@ -1,4 +1,4 @@
-"""The torch models of an engine: text encoder, UNet and VAE decoder, numpy arrays in and out.
+"""The torch models of an engine: text encoder, UNet and the VAE's two halves, numpy arrays in and out.
 
 `sdmodels.python_backend` serves them in Triton; without Triton they are used directly:
 

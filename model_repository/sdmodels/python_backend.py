@@ -1,7 +1,8 @@
 """The models of an engine as Triton's Python backend wants them: one class for each role.
 
-A model's `config.pbtxt` has two parameters: `engine`, the engine's folder relative to the model repository, and
-`threads`, how many CPU threads it uses (default: the machine's physical cores).
+A model's `config.pbtxt` has the parameters `engine`, the engine's folder relative to the model repository (of a safety
+model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). The UNet's
+may have `runtime` and `precision`: see `sdmodels.runtimes.load_unet`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,23 @@ class BackendModel:
 
     inputs: ClassVar[tuple[str, ...]]
     outputs: ClassVar[tuple[str, ...]]
+    folder: ClassVar[str] = "engine"
+    """The parameter that names the folder to load from."""
+    parameters: dict[str, str]
     run: Callable[..., Arrays]
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
         raise NotImplementedError
+
+    def start(self, engine_folder: Path, threads: int) -> Callable[..., Arrays]:
+        """`load` with torch made ready."""
+        import torch
+
+        from sdmodels.weights import default_device
+
+        torch.set_num_threads(threads)
+        return self.load(engine_folder, default_device())
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton once, before any request."""
@@ -49,16 +62,12 @@ class BackendModel:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # diffusers and open_clip import it where they find it. No model here needs it, and it takes a second to import.
         sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
-        import torch
-
-        from sdmodels.weights import default_device
-
         config = json.loads(args["model_config"])
-        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        torch.set_num_threads(int(parameters["threads"]) if "threads" in parameters else physical_cores())
+        self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        threads = int(self.parameters["threads"]) if "threads" in self.parameters else physical_cores()
         # Triton hands over the model's own folder, which lies in the repository.
-        engine_folder = Path(args["model_repository"]).parent / parameters["engine"]
-        self.run = self.load(engine_folder, default_device())
+        engine_folder = Path(args["model_repository"]).parent / self.parameters[self.folder]
+        self.run = self.start(engine_folder, threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
@@ -90,7 +99,8 @@ class BackendModel:
                 pb_utils.Logger.log_error("".join(traceback.format_exception(answer)))
                 failure = error(f"the model failed with {type(answer).__name__}; see Triton's log", error.INTERNAL)
             case arrays:
-                tensors = zip(self.outputs, arrays, strict=True)
+                # An engine without CLIP guidance has no text features, the last output of its text encoder.
+                tensors = zip(self.outputs, arrays, strict=False)
                 return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors])
         return pb_utils.InferenceResponse(error=failure)
 
@@ -100,11 +110,11 @@ class TextEncoderModel(BackendModel):
 
     `text` BYTES [1, 1], `emphasis_range` INT32 [1, E, 2] (start and end in code points, end exclusive),
     `emphasis_factor` FP32 [1, E] -> `text_states` FP32 [1, chunks * context_length, D], `token_count` and `chunk_count`
-    INT32 [1, 1].
+    INT32 [1, 1], and with CLIP guidance `text_features` FP32 [1, F].
     """
 
     inputs = ("text", "emphasis_range", "emphasis_factor")
-    outputs = ("text_states", "token_count", "chunk_count")
+    outputs = ("text_states", "token_count", "chunk_count", "text_features")
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         from sdmodels.text_encoder import TextEncoder
@@ -113,9 +123,10 @@ class TextEncoderModel(BackendModel):
 
         def run(text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32]) -> Arrays:
             emphasis = [(start, end, factor) for (start, end), factor in zip(ranges[0], factors[0], strict=True)]
-            text_states, *counts = encode(_utf8(text[0, 0]), emphasis)
-            token_count, chunk_count = (np.array([[count]], np.int32) for count in counts)
-            return text_states[None], token_count, chunk_count
+            encoding = encode(_utf8(text[0, 0]), emphasis)
+            token_count, chunk_count = (np.array([[count]], np.int32) for count in (encoding.tokens, encoding.chunks))
+            outputs = encoding.states[None], token_count, chunk_count
+            return outputs if encoding.features is None else (*outputs, encoding.features[None])
 
         return run
 
@@ -126,10 +137,11 @@ class UNetModel(BackendModel):
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
 
-    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
-        from sdmodels.unet import UNet
+    def start(self, engine_folder: Path, threads: int) -> Callable[..., Arrays]:
+        from sdmodels.runtimes import load_unet
 
-        denoise = UNet(engine_folder, device)
+        options = {name: self.parameters[name] for name in ("runtime", "precision") if name in self.parameters}
+        denoise = load_unet(engine_folder, threads, **options)
         return lambda latents, timestep, text_states: (denoise(latents, timestep[:, 0], text_states),)
 
 
@@ -144,6 +156,68 @@ class VaeDecoderModel(BackendModel):
 
         decode = VaeDecoder(engine_folder, device)
         return lambda latents: (decode(latents),)
+
+
+class VaeEncoderModel(BackendModel):
+    """`image` UINT8 [B, 8h, 8w, 3] -> `latents` FP32 [B, 4, h, w]."""
+
+    inputs = ("image",)
+    outputs = ("latents",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.vae import VaeEncoder
+
+        encode = VaeEncoder(engine_folder, device)
+        return lambda image: (encode(image),)
+
+
+class SafetyClassifierModel(BackendModel):
+    """`image` UINT8 [B, S, S, 3] -> `score` FP32 [B, K], 0 to 1; S and K as the safety model's `safety.json` says."""
+
+    inputs = ("image",)
+    outputs = ("score",)
+    folder = "safety"
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.safety import SafetyClassifier
+
+        classify = SafetyClassifier(engine_folder, device)
+        return lambda image: (classify(image),)
+
+
+class ClipGuidanceModel(BackendModel):
+    """FP32 `latents` [B, 4, h, w], `target` [B, E], INT64 `seed` [B, 1], INT32 `cutouts` [B, 1] -> FP32 `gradient`
+    [B, 4, h, w], `similarity` [B, 1]."""
+
+    inputs = ("latents", "target", "seed", "cutouts")
+    outputs = ("gradient", "similarity")
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.clip_guidance import ClipGuidance
+
+        guide = ClipGuidance(engine_folder, device)
+
+        def run(latents: NDArray[Any], target: NDArray[Any], seed: NDArray[Any], cutouts: NDArray[Any]) -> Arrays:
+            gradient, similarity = guide(latents, target, seed[:, 0], cutouts[:, 0])
+            return gradient, similarity[:, None]
+
+        return run
+
+
+class UNetGradientModel(BackendModel):
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
+    [B, 4, h, w] -> `latent_gradient` [B, 4, h, w]."""
+
+    inputs = ("latents", "timestep", "text_states", "gradient")
+    outputs = ("latent_gradient",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.unet_gradient import UNetGradient
+
+        pull_back = UNetGradient(engine_folder, device)
+        return lambda latents, timestep, text_states, gradient: (
+            pull_back(latents, timestep[:, 0], text_states, gradient),
+        )
 
 
 def _utf8(text: bytes) -> str:

@@ -25,7 +25,7 @@ class UNet:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_config(folder / "config.json"))
         unet.load_state_dict(read_weights(folder / DIFFUSERS_WEIGHTS), assign=True)
-        self._unet = unet.eval().requires_grad_(False).to(device)
+        self.module = unet.eval().requires_grad_(False).to(device)
         self._device = device
 
     @torch.inference_mode()
@@ -44,5 +44,5 @@ class UNet:
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
         x, t, c = (torch.from_numpy(array).to(self._device) for array in (latents, timesteps, text_states))
-        prediction: NDArray[np.float32] = self._unet(x, t, c, return_dict=False)[0].cpu().numpy()
+        prediction: NDArray[np.float32] = self.module(x, t, c, return_dict=False)[0].cpu().numpy()
         return prediction

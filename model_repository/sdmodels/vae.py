@@ -1,4 +1,4 @@
-"""The way back from latents to pixels."""
+"""Pixels to latents and back."""
 
 from __future__ import annotations
 
@@ -17,20 +17,54 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class VaeEncoder:
+    """The encoder half of a diffusers AutoencoderKL in float32, from `engine_folder/vae`."""
+
+    def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
+        self._vae = _read_vae(engine_folder / "vae", ("decoder", "post_quant_conv"), device)
+        self._device = device
+        self._scaling_factor: float = self._vae.config.scaling_factor
+        self._downsampling = 2 ** (len(self._vae.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3].
+
+        The mean of the posterior, and no sample of it: its spread is far below what can be seen, and the same picture
+        has the same latents. Rows are encoded one by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes
+        that are no multiples of 8.
+        """
+        return np.stack([self._encode(row) for row in pixels])
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        height, width, channels = pixels.shape
+        if channels != 3 or not height or not width or height % self._downsampling or width % self._downsampling:
+            raise InvalidInput(
+                f"{width} x {height} pixels of {channels} channels: width and height must be multiples of "
+                f"{self._downsampling}, and channels 3"
+            )
+        image = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        image = image.to(self._device, memory_format=torch.channels_last)
+        latents = self._vae.encode(image, return_dict=False)[0].mode()[0] * self._scaling_factor
+        encoded: NDArray[np.float32] = latents.contiguous().cpu().numpy()
+        return encoded
+
+
 class VaeDecoder:
     """The decoder half of a diffusers AutoencoderKL in float32, from `engine_folder/vae`."""
 
     def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
-        folder = engine_folder / "vae"
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(read_config(folder / "config.json"))
-        del vae.encoder, vae.quant_conv
-        weights = read_weights(folder / DIFFUSERS_WEIGHTS, skip=("encoder.", "quant_conv."))
-        vae.load_state_dict({_current_name(name): weight for name, weight in weights.items()}, assign=True)
-        # Channels last takes a sixth off a decode on one core; the UNet gains nothing from it.
-        self._vae = vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device)
         self._device = device
-        self._scaling_factor: float = vae.config.scaling_factor
+        self._scaling_factor: float = self._vae.config.scaling_factor
+        self.upsampling: int = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        """Pixels in each direction of one place of the latents."""
+
+    def image(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] image, about -1 to 1, of latents [B, 4, h, w] in the UNet's scale; differentiable."""
+        scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
+        image: torch.Tensor = self._vae.decode(scaled, return_dict=False)[0]
+        return image
 
     @torch.inference_mode()
     def __call__(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -44,8 +78,7 @@ class VaeDecoder:
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         if not np.isfinite(latents).all():
             raise InvalidInput("the latents hold NaN or infinity: the denoising before went wrong")
-        scaled = torch.from_numpy(latents[None]).to(self._device, memory_format=torch.channels_last)
-        image = self._vae.decode(scaled / self._scaling_factor, return_dict=False)[0][0]
+        image = self.image(torch.from_numpy(latents[None]).to(self._device))[0]
         if not image.isfinite().all():
             raise InvalidInput("the latents are out of the decoder's range: they decode to NaN or infinity")
         # [-1, 1] to 0..255, halves to even, as diffusers' image processor does.
@@ -53,7 +86,19 @@ class VaeDecoder:
         return pixels
 
 
-def _current_name(name: str) -> str:
+def _read_vae(folder: Path, without: tuple[str, ...], device: str) -> AutoencoderKL:
+    """The autoencoder but for those of its modules."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(read_config(folder / "config.json"))
+    for name in without:
+        delattr(vae, name)
+    weights = read_weights(folder / DIFFUSERS_WEIGHTS, skip=tuple(f"{name}." for name in without))
+    vae.load_state_dict({current_name(name): weight for name, weight in weights.items()}, assign=True)
+    # Channels last takes a sixth off a decode on one core; the UNet gains nothing from it.
+    return vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def current_name(name: str) -> str:
     """Today's name of a parameter: the VAE files of SD 1 and 2 carry the names that attention had in diffusers 0.x."""
     for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
         name = name.replace(old, new)

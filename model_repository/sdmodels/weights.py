@@ -20,10 +20,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path, *, skip: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Parameters by name as float32 on the CPU, but for those whose names start with one of `skip`."""
+def read_weights(path: Path, *, keep: str = "", skip: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Parameters by name as float32 on the CPU: those whose names start with `keep` and with none of `skip`."""
     with safe_open(path, framework="pt") as weights:
-        return {name: weights.get_tensor(name).float() for name in weights.keys() if not name.startswith(skip)}  # noqa: SIM118 (no mapping)
+        names = [name for name in weights.keys() if name.startswith(keep) and not name.startswith(skip)]  # noqa: SIM118 (no mapping)
+        return {name: weights.get_tensor(name).float() for name in names}
 
 
 def default_device() -> str:

@@ -1,4 +1,4 @@
-"""`sdserver up | serve | triton`: a Triton Inference Server for this machine, the gRPC server, or both."""
+"""`sdserver up | serve | triton | engine`: Triton for this machine, the gRPC server, or both; and the engines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from sdserver import logs
+from sdserver import engine_command, logs
+from sdserver.block_list import BlockListError
 from sdserver.engines import EngineError, load_catalog
+from sdserver.safety_model import SafetyError, load_safety_model
 from sdserver.server import Server, ServerError
 from sdserver.settings import ServeSettings, TritonSettings, UpSettings
 from sdserver.triton_process import TritonProcess, TritonProcessError
@@ -35,6 +37,7 @@ usage: sdserver COMMAND [--help] [flags]
   up       start a Triton Inference Server on this machine, and the gRPC server
   serve    start the gRPC server; Triton runs already, at --triton-url
   triton   start a Triton Inference Server on this machine
+  engine   add, list, remove or verify engines: sdserver engine --help
 
 Every flag is an environment variable, too: --max-active is SDSERVER_MAX_ACTIVE."""
 
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(serve, ServeSettings, flags)
         case "triton":
             return _run(triton, TritonSettings, flags)
+        case "engine":
+            return engine_command.main(flags)
     print(USAGE, file=sys.stderr)
     return 2
 
@@ -98,11 +103,18 @@ async def up(settings: UpSettings) -> None:
                 process = await stack.enter_async_context(_triton(again))
 
 
-def _triton(settings: TritonSettings) -> TritonProcess:
+def models_to_load(settings: TritonSettings) -> list[str]:
+    """Names of the Triton models of all engines and of the safety check. Raises EngineError or SafetyError."""
     models = [model for engine in load_catalog(settings.model_repository) for model in engine.models]
+    if settings.safety_model:
+        models.append(load_safety_model(settings.model_repository, settings.safety_model).model)
+    return models
+
+
+def _triton(settings: TritonSettings) -> TritonProcess:
     return TritonProcess(
         settings.model_repository,
-        models,
+        models_to_load(settings),
         grpc_port=settings.triton_grpc_port,
         http_port=settings.triton_http_port,
         metrics_port=settings.triton_metrics_port,
@@ -123,7 +135,7 @@ def _run(command: Callable[[S], Coroutine[None, None, None]], settings_class: ty
     logs.configure(settings.log_level, settings.log_format)
     try:
         asyncio.run(_until_stopped(command(settings)))
-    except (EngineError, ServerError, TritonProcessError) as error:
+    except (EngineError, SafetyError, BlockListError, ServerError, TritonProcessError) as error:
         print(f"sdserver {command.__name__}: {error}", file=sys.stderr)
         return 1
     return 0

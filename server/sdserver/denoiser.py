@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sdserver.guidance import rescaled
-from sdserver.parameterization import c_in, denoised
+from sdserver.clip_guidance import GradientRow, steered, variance
+from sdserver.guidance import rescale_factor
+from sdserver.parameterization import c_in, denoised, denoised_by
 from sdserver.step_scheduler import Row
+from sdserver.windows import Cover, Grid, cover
 
 if TYPE_CHECKING:
+    from sdserver.clip_guidance import ClipGuide
     from sdserver.guidance import Guidance
     from sdserver.request import GenerationRequest
     from sdserver.samplers import Query
@@ -23,14 +26,26 @@ Array = NDArray[np.float32]
 class Denoiser:
     """Answers the queries of one image of a request."""
 
-    def __init__(self, request: GenerationRequest, guidance: Guidance, scheduler: StepScheduler) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        guidance: Guidance,
+        scheduler: StepScheduler,
+        clip: ClipGuide | None = None,
+    ) -> None:
         self._request = request
         self._guidance = guidance
         self._scheduler = scheduler
+        self._clip = clip
         self.unet_rows = 0
         """UNet rows computed so far."""
         self.pixel_steps = 0
         """Pixels of the generated size, summed over them."""
+
+    @property
+    def clip_gradients(self) -> int:
+        """Gradients of CLIP guidance computed so far."""
+        return 0 if self._clip is None else self._clip.gradients
 
     async def __call__(self, query: Query) -> Array:
         """[C, h, w] x0 as the sum of the rows' predictions; rows that add nothing are not computed."""
@@ -43,17 +58,73 @@ class Denoiser:
         predictions = await self._predict(query, guidance.text_states[used])
         # x0 is affine in the prediction and the weights sum to 1, so guiding the predictions is guiding x0.
         prediction, *conditional = np.tensordot(weights[:, used], predictions, axes=1)
+        factor = 1.0
         if conditional:
-            prediction = rescaled(prediction, conditional[0], request.guidance_rescale)
-        return denoised(prediction, query.x, query.sigma, engine.prediction_type)
+            factor = rescale_factor(prediction, conditional[0], request.guidance_rescale)
+            prediction = factor * prediction
+        x0 = denoised(prediction, query.x, query.sigma, engine.prediction_type)
+        clip = self._clip
+        # What is not finite has no gradient; it fails where the image ends.
+        if clip is None or not clip.acts_in(query.step, request.steps) or not np.isfinite(x0).all():
+            return x0
+        gradient = await clip.gradient(x0)
+        if clip.unet_gradients is None:
+            shift = variance(query.sigma) * gradient
+        else:
+            row_weights = np.float32(factor) * weights[0, used]
+            pulled_back = await self._pull_back(query, guidance.text_states[used], row_weights, gradient)
+            shift = query.sigma**2 * pulled_back
+        return steered(x0, gradient, shift, query.sigma, clip.options.scale)
 
     async def _predict(self, query: Query, text_states: Array) -> Array:
-        """[R, C, h, w] predictions of the UNet under text states [R, tokens, width]."""
+        """[R, C, h, w] predictions of the UNet under text states [R, tokens, width], window by window.
+
+        Blending predictions is blending x0, which is affine in them at one noise level.
+        """
         engine = self._request.engine
         timestep = engine.noise_schedule.timestep(query.sigma)
-        latents = query.x * c_in(query.sigma)
-        rows = [Row(latents, timestep, states) for states in text_states]
+        grid = self._grid(query.x)
+        parts = [part * c_in(query.sigma) for part in grid.split(query.x)]
+        rows = [Row(part, timestep, states) for states in text_states for part in parts]
         predictions = await self._scheduler.predict(rows)
         self.unet_rows += len(rows)
-        self.pixel_steps += len(rows) * latents[0].size * engine.latents.downsampling**2
-        return predictions
+        self.pixel_steps += len(rows) * parts[0][0].size * engine.latents.downsampling**2
+        return np.stack([grid.join(each) for each in np.split(predictions, len(text_states))])
+
+    def _grid(self, latents: Array) -> Grid:
+        """The windows in which the UNet sees latents [C, h, w]."""
+        _, height, width = latents.shape
+        return Grid(self._cover(height, self._request.tile_y), self._cover(width, self._request.tile_x))
+
+    def _cover(self, length: int, ring: bool) -> Cover:
+        windows, scale = self._request.windows, self._request.engine.latents.downsampling
+        size, overlap = (length, 0) if windows is None else (windows.size // scale, windows.overlap // scale)
+        if length < size + overlap:
+            # Two windows would nearly double the work for an image that the UNet still sees well as a whole.
+            size, overlap = length, 0
+        return cover(length, size, overlap, ring=ring)
+
+    async def _pull_back(self, query: Query, text_states: Array, weights: Array, gradient: Array) -> Array:
+        """[C, h, w] the gradient by `query.x`, of the gradient [C, h, w] by x0 that `_predict` and weights [R] led to.
+
+        The factor of `guidance_rescale` is taken for constant.
+        """
+        engine, scale = self._request.engine, c_in(query.sigma)
+        timestep = engine.noise_schedule.timestep(query.sigma)
+        grid = self._grid(query.x)
+        parts = [
+            (part * scale, by)
+            for part, by in zip(grid.split(query.x), grid.weighted(grid.split(gradient)), strict=True)
+        ]
+        rows = [
+            GradientRow(part, timestep, states, weight * share)
+            for states, weight in zip(text_states, weights, strict=True)
+            for part, share in parts
+        ]
+        assert self._clip is not None
+        assert self._clip.unet_gradients is not None
+        gradients = await self._clip.unet_gradients.predict(rows)
+        self.pixel_steps += len(rows) * rows[0].latents[0].size * engine.latents.downsampling**2
+        c_skip, c_out = denoised_by(query.sigma, engine.prediction_type)
+        total = grid.sum(gradients.reshape(len(text_states), len(grid), *gradients.shape[1:]).sum(axis=0))
+        return c_skip * gradient + c_out * scale * total

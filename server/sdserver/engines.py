@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+DESCRIPTOR = "engine.json"
 SCHEDULES = ("native", "karras", "exponential")
+# The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
+OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient")
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -38,6 +41,10 @@ class TextEncoder(_Data):
 
     context_length: Positive
     width: Positive
+    # After which block of the tower they are taken: SD 2 leaves out the last one that it has.
+    layer: Literal["penultimate", "last"] = "penultimate"
+    # What fills a chunk up: token 0, as in SD 2, or the end token, as in SD 1.
+    padding: Literal["zero", "end"] = "zero"
 
 
 class PreviewMap(_Data):
@@ -57,6 +64,8 @@ class Limits(_Data):
     max_steps: Positive
     max_image_count: Positive
     max_prompt_chunks: Positive
+    max_image_bytes: Positive
+    max_image_pixels: Positive
 
 
 class Defaults(_Data):
@@ -70,12 +79,69 @@ class Defaults(_Data):
     schedule: str
 
 
+class ClipGuidancePreset(_Data):
+    """Values of CLIP guidance under a name; `request.ClipGuidance` says what they mean."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    scale: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+    cutouts: Annotated[int, Field(ge=0, le=64)]
+    start: Annotated[float, Field(ge=0, le=1)]
+    end: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClipGuidancePreset:
+        if self.start >= self.end:
+            raise ValueError(f"preset {self.name} ends at {self.end:g}, which must be after its start, {self.start:g}")
+        return self
+
+
+class ClipGuidance(_Data):
+    """What CLIP guidance can do with the engine: its presets, the default one first."""
+
+    presets: Annotated[tuple[ClipGuidancePreset, ...], Field(min_length=1)]
+    # To how many pixels in each direction a cutout is decoded at most: bounds time and memory at any image size.
+    cutout_size: Positive
+    # The most rows of one call. They are computed one by one, so that few rows cost little, and the images that have
+    # their answer take their next UNet step while the others wait for theirs.
+    max_batch_rows: Positive
+
+    def preset(self, name: str) -> ClipGuidancePreset | None:
+        """The preset of that name, for an empty name the default one; None if there is none."""
+        return next((preset for preset in self.presets if name in ("", preset.name)), None)
+
+
+class Windows(_Data):
+    """Overlapping squares in which an image is worked on. Sizes in pixels."""
+
+    size: Positive
+    overlap: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Windows:
+        if self.overlap > self.size // 2:
+            raise ValueError(f"overlap is {self.overlap}; it must be at most half of size, {self.size}")
+        return self
+
+
 class License(_Data):
     """Under which terms the engine may be used."""
 
     name: str
     url: str = ""
     use_restrictions: str = ""
+
+
+class Source(_Data):
+    """The checkpoint that `sdserver engine add` made the engine from."""
+
+    name: str
+    # Commit of the hub's repository; empty for files of this machine.
+    revision: str = ""
+    dtype: Literal["fp16", "bf16", "fp32"]
+    # File -> SHA-256.
+    files: dict[str, str]
+    # Of sources and options together: the same plan makes the same engine.
+    plan: str
 
 
 class Engine(_Data):
@@ -97,8 +163,18 @@ class Engine(_Data):
     preview_map: PreviewMap | None = None
     # The most rows of one UNet call; `max_batch_size` of the engine's UNet in Triton is at least this.
     max_batch_rows: Positive
+    # Those of OPTIONAL_ROLES that the engine has a model for.
+    optional_roles: tuple[str, ...] = ()
+    # For engines with the role `clip_guidance`; `unet_gradient` adds the exact mode.
+    clip_guidance: ClipGuidance | None = None
+    # In which images are denoised that are larger than one of them and an overlap. None: always as a whole.
+    windows: Windows | None = None
+    # In which latents are decoded that are larger than one of them: bounds the decoder's memory. None: as a whole.
+    decode_tile: Windows | None = None
     # File below the engine's folder -> SHA-256. Because they stand in the descriptor, its digest covers the weights.
     weights: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    # None: the engine was not made by `sdserver engine add`.
+    source: Source | None = None
     digest: str = ""
 
     @model_validator(mode="after")
@@ -109,8 +185,23 @@ class Engine(_Data):
             raise ValueError(
                 f"defaults.schedule is {self.defaults.schedule!r}; it must be one of {', '.join(SCHEDULES)}"
             )
+        if unknown := set(self.optional_roles) - set(OPTIONAL_ROLES):
+            raise ValueError(
+                f"optional_roles has {', '.join(sorted(unknown))}; it may have {', '.join(OPTIONAL_ROLES)}"
+            )
+        if (self.clip_guidance is None) == ("clip_guidance" in self.optional_roles):
+            raise ValueError("an engine has clip_guidance and its optional role of that name, or neither")
+        if "unet_gradient" in self.optional_roles and self.clip_guidance is None:
+            raise ValueError("the optional role unet_gradient is for clip_guidance, which the engine has not")
+        if self.clip_guidance and len({p.name for p in self.clip_guidance.presets}) < len(self.clip_guidance.presets):
+            raise ValueError("two presets of clip_guidance have the same name")
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
+        if self.windows and self.windows.size % self.limits.size_multiple:
+            raise ValueError("windows.size must be a multiple of limits.size_multiple")
+        for windows in filter(None, (self.windows, self.decode_tile)):
+            if windows.size % self.latents.downsampling or windows.overlap % self.latents.downsampling:
+                raise ValueError("windows and decode_tile must be in multiples of latents.downsampling")
         if self.preview_map and any(len(row) != self.latents.channels for row in self.preview_map.matrix):
             raise ValueError("each row of preview_map.matrix needs latents.channels numbers")
         if self.noise_schedule.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
@@ -124,9 +215,14 @@ class Engine(_Data):
         return f"{self.id}.{role}"
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """What the engine has models for."""
+        return (*ROLES, *self.optional_roles)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Names of all Triton models of the engine."""
-        return tuple(self.model(role) for role in ROLES)
+        return tuple(self.model(role) for role in self.roles)
 
     def sigmas(self, schedule: str, steps: int) -> tuple[float, ...]:
         """[steps + 1] noise levels of a generation by one of SCHEDULES, decreasing to 0."""
@@ -143,9 +239,9 @@ class EngineError(Exception):
     """The engines cannot be read; says which file is wrong and why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Catalog:
-    """The engines of a server, the default one first."""
+    """The engines of a server, the default one first. They change as a whole, while requests run (`engine_watch`)."""
 
     engines: tuple[Engine, ...]
 
@@ -162,7 +258,7 @@ class Catalog:
 
 def load_engine(folder: Path) -> Engine:
     """Reads and checks `folder/engine.json`. Raises EngineError."""
-    path = folder / "engine.json"
+    path = folder / DESCRIPTOR
     try:
         text = path.read_bytes()
         digest = f"sha256:{hashlib.sha256(text).hexdigest()}"
@@ -178,7 +274,7 @@ def load_engine(folder: Path) -> Engine:
 
 def load_catalog(model_repository: Path, default_engine: str = "") -> Catalog:
     """Reads all engines of a model repository, by name, the default one first. Raises EngineError."""
-    folders = sorted(path.parent for path in (model_repository / "engines").glob("*/engine.json"))
+    folders = sorted(path.parent for path in (model_repository / "engines").glob(f"*/{DESCRIPTOR}"))
     if not folders:
         raise EngineError(
             f"no engine in {model_repository / 'engines'}; set SDSERVER_MODEL_REPOSITORY to a folder that has one"

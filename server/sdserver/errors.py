@@ -2,6 +2,7 @@
 
     RequestError                    reason                    code
     +-- InvalidRequest              INVALID_REQUEST           INVALID_ARGUMENT   fix the named fields
+    |   +-- PromptBlocked           PROMPT_BLOCKED            INVALID_ARGUMENT   say it in other words
     +-- UnknownEngine               UNKNOWN_ENGINE            NOT_FOUND          ask ListEngines
     +-- NotSupported                NOT_SUPPORTED             UNIMPLEMENTED      leave the field out
     +-- QueueFull                   QUEUE_FULL                RESOURCE_EXHAUSTED come back later
@@ -69,6 +70,19 @@ class InvalidRequest(RequestError):
     @property
     def violations(self) -> Mapping[str, str]:
         return self._violations
+
+
+class PromptBlocked(InvalidRequest):
+    """A prompt is on the operator's block list, and perhaps more is wrong.
+
+    `found` is field path -> line of the list; it is for the log alone, since nobody is told what the list holds.
+    """
+
+    reason = "PROMPT_BLOCKED"
+
+    def __init__(self, violations: Mapping[str, str], found: Mapping[str, int]) -> None:
+        super().__init__(violations)
+        self.found = found
 
 
 class UnknownEngine(RequestError):

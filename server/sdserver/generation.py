@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdserver import images
+from sdserver.canvas import Canvas
+from sdserver.decoding import decode
 from sdserver.denoiser import Denoiser
+from sdserver.encoding import encode
 from sdserver.errors import GenerationFailed
-from sdserver.noise import ImageNoise
+from sdserver.inpainting import ImageLatents
+from sdserver.noise import ImageNoise, VariedNoise
 from sdserver.parameterization import initial_latents
+from sdserver.passes import Pass, passes_of
 from sdserver.request import Finished, Image, Preview, Progress, Timings, Usage
 from sdserver.samplers import SAMPLERS, noise_options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sdserver.backends import Backend
+    from sdserver.clip_guidance import ClipGuide
     from sdserver.guidance import Guidance
+    from sdserver.image_writer import ImageWriter
+    from sdserver.inpainting import Denoise
     from sdserver.outbox import Outbox
     from sdserver.request import GenerationRequest
-    from sdserver.samplers import Sampler
+    from sdserver.safety import SafetyCheck
+    from sdserver.samplers import Query, Sampler
     from sdserver.step_scheduler import StepScheduler
 
 Array = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(slots=True, eq=False)
@@ -37,22 +49,38 @@ class Generation:
     guidance: Guidance
     backend: Backend
     scheduler: StepScheduler
+    clip_guide: Callable[[Callable[[], int]], ClipGuide] | None
+    """A new guide for a pass of an image, from its cutout seeds; None: no CLIP guidance."""
+    writer: ImageWriter
+    safety: SafetyCheck | None
     outbox: Outbox
     arrival: float
     encoded: float
+    passes: tuple[Pass, ...] = field(init=False)
     denoisers: list[Denoiser] = field(default_factory=list)
     completed: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.passes = passes_of(self.request)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of each image, over all passes."""
+        return sum(part.steps for part in self.passes)
 
     async def run(self) -> None:
         """Does the work and puts its events, but for Accepted. Raises a RequestError."""
         request = self.request
         started = time.monotonic()
         self.completed = dict.fromkeys(range(request.image_count), 0)
-        self.outbox.put(Progress(0, request.steps))
+        self.outbox.put(Progress(0, self.steps))
+        initial = None
+        if request.init_image is not None:
+            initial = await self._encode(request.init_image.canvas, self.passes[0])
         tasks: list[asyncio.Task[float]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._image(index)) for index in range(request.image_count)]
+                tasks = [group.create_task(self._image(index, initial)) for index in range(request.image_count)]
         except ExceptionGroup as failures:
             # One failure ends the request; its siblings were cancelled.
             raise failures.exceptions[0] from None
@@ -64,6 +92,7 @@ class Generation:
                     request.image_count,
                     sum(denoiser.unet_rows for denoiser in self.denoisers),
                     sum(denoiser.pixel_steps for denoiser in self.denoisers),
+                    sum(denoiser.clip_gradients for denoiser in self.denoisers),
                 ),
                 Timings(
                     queue=started - self.encoded,
@@ -75,62 +104,112 @@ class Generation:
             )
         )
 
-    async def _image(self, index: int) -> float:
+    async def _image(self, index: int, initial: ImageLatents | None) -> float:
         """Makes one image; returns when its denoising ended, on the monotonic clock."""
+        request = self.request
+        first, *others = self.passes
+        latents = await self._denoise(index, first, initial)
+        for part in others:
+            small = await self._decode(latents, self.passes[part.number - 1])
+            enlarged = await asyncio.to_thread(images.enlarge, small, part.width, part.height)
+            latents = await self._denoise(index, part, await self._encode(Canvas(enlarged, None), part))
+        denoised_at = time.monotonic()
+        cropped = await self._decode(latents, self.passes[-1])
+        if request.init_image is not None:
+            cropped = await asyncio.to_thread(request.init_image.canvas.composite, cropped)
+        sent, safety = (cropped, None) if self.safety is None else await self.safety(cropped)
+        data = b"" if sent is None else await self.writer.write(sent, request, index)
+        self.outbox.put(
+            Image(
+                *(index, request.seeds[index], data, request.output.media_type, request.width, request.height),
+                signed=self.writer.signs and bool(data),
+                safety=safety,
+            )
+        )
+        return denoised_at
+
+    async def _denoise(self, index: int, part: Pass, image: ImageLatents | None) -> Array:
+        """[C, h, w] finite latents of one pass of an image, from `image` or, if there is none, from pure noise."""
         request, engine = self.request, self.request.engine
-        width, height = engine.padded_size(request.width, request.height)
+        width, height = engine.padded_size(part.width, part.height)
         scale = engine.latents.downsampling
         shape = engine.latents.channels, height // scale, width // scale
-        noise = ImageNoise(request.seeds[index])
-        sigmas = engine.sigmas(request.schedule, request.steps)
-        start = initial_latents(noise.initial(shape), sigmas[0])
+        noise = self._noise(index)
+        initial = noise.initial(shape, part.number)
+        if image is None:
+            start = initial_latents(initial, part.sigmas[0])
+        else:
+            start = image.start(initial, part.sigmas[0], part.whole_schedule)
         options = {name: getattr(request, name) for name in noise_options(request.sampler)}
-        sampler = SAMPLERS[request.sampler](start, sigmas, noise.steps(shape), **options)
-        latents = await self._denoise(index, sampler)
-        denoised_at = time.monotonic()
+        sampler = SAMPLERS[request.sampler](start, part.sigmas, noise.steps(shape, part.number), **options)
+        latents = await self._drive(index, part, sampler, self._denoiser(part, image, noise))
         if not np.isfinite(latents).all():
             raise GenerationFailed(
                 f"image {index} is not finite: the model overflowed; try another sampler or a lower guidance_scale",
                 "NOT_FINITE",
             )
-        pixels = await self.backend.decode(engine, latents[None])
-        cropped = images.crop(pixels[0], request.width, request.height)
-        data = await asyncio.to_thread(images.encode, cropped, request.output)
-        self.outbox.put(
-            Image(index, request.seeds[index], data, request.output.media_type, request.width, request.height)
-        )
-        return denoised_at
+        return latents
 
-    async def _denoise(self, index: int, sampler: Sampler) -> Array:
-        """Drives a sampler to its end; cancelling it falls between evaluations."""
-        denoiser = Denoiser(self.request, self.guidance, self.scheduler)
+    def _noise(self, index: int) -> ImageNoise:
+        seed, variation = self.request.seeds[index], self.request.variation
+        if variation is None:
+            return ImageNoise(seed)
+        return VariedNoise(seed, ImageNoise(variation.seed + index), variation.strength)
+
+    def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
+        clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
+        denoiser = Denoiser(self.request, self.guidance, self.scheduler, clip)
         self.denoisers.append(denoiser)
+
+        async def denoise(query: Query) -> Array:
+            # What acts in a part of the schedule counts its steps, and not those of the pass.
+            return await denoiser(replace(query, step=part.skipped + query.step))
+
+        return denoise if image is None else image.keeping(denoise, part.steps)
+
+    async def _drive(self, index: int, part: Pass, sampler: Sampler, denoise: Denoise) -> Array:
+        """Drives a sampler to its end; cancelling it falls between evaluations."""
         try:
             query = next(sampler)
             while True:
-                x0 = await denoiser(query)
+                x0 = await denoise(query)
                 step = query.step
                 query = sampler.send(x0)
                 if query.step > step:
-                    self._completed(index, step)
-                    self._preview(index, step, x0)
+                    self._completed(index, part.before + step)
+                    self._preview(index, part, part.before + step, x0)
         except StopIteration as end:
-            self._completed(index, self.request.steps)
+            self._completed(index, part.before + part.steps)
             latents: Array = end.value
             return latents
 
-    def _preview(self, index: int, step: int, x0: Array) -> None:
+    async def _encode(self, canvas: Canvas, part: Pass) -> ImageLatents:
+        """The latents of an image of a pass's size."""
+        engine = self.request.engine
+        width, height = engine.padded_size(part.width, part.height)
+        latents = await encode(self.backend, self.request, canvas.padded(width, height))
+        return ImageLatents(latents, canvas.repaint_in_latents(width, height, engine.latents.downsampling))
+
+    async def _decode(self, latents: Array, part: Pass) -> Pixels:
+        """[H, W, 3] pixels of a pass's latents."""
+        pixels = await decode(self.backend, self.request, latents)
+        return images.crop(pixels, part.width, part.height)
+
+    def _preview(self, index: int, part: Pass, step: int, x0: Array) -> None:
         request, preview_map = self.request, self.request.engine.preview_map
         if preview_map is None or request.preview_every_steps is None or step % request.preview_every_steps:
             return
         scale = request.engine.latents.downsampling
-        width, height = -(-request.width // scale), -(-request.height // scale)
+        width, height = -(-part.width // scale), -(-part.height // scale)
         pixels = images.crop(images.preview(x0, preview_map), width, height)
-        data = images.encode(pixels, images.PREVIEW_OUTPUT)
+        shown = pixels if self.safety is None else self.safety.withheld(pixels)
+        if shown is None:
+            return
+        data = images.encode(shown, images.PREVIEW_OUTPUT)
         self.outbox.put(Preview(index, step, data, images.PREVIEW_OUTPUT.media_type, width, height))
 
     def _completed(self, index: int, step: int) -> None:
         before = min(self.completed.values())
         self.completed[index] = step
         if (now := min(self.completed.values())) > before:
-            self.outbox.put(Progress(now, self.request.steps))
+            self.outbox.put(Progress(now, self.steps))

@@ -97,15 +97,15 @@ def _equally_long(states: Sequence[Array], padding: Array) -> list[Array]:
     return [np.concatenate([array, *[padding] * ((length - len(array)) // len(padding))]) for array in states]
 
 
-def rescaled(guided: Array, conditional: Array, guidance_rescale: float) -> Array:
-    """[C, h, w] the guided prediction with its contrast drawn towards that of the conditional one, wholly for 1.
+def rescale_factor(guided: Array, conditional: Array, guidance_rescale: float) -> float:
+    """What draws the contrast of the guided prediction [C, h, w] towards that of the conditional one, wholly for 1.
 
     Large scales spread predictions and so overexpose images: Lin et al. 2023 (arXiv:2305.08891), equations 14 to 16.
     """
     spread = float(guided.std())
     if spread == 0:
-        return guided
-    return guided * (1 + guidance_rescale * (float(conditional.std()) / spread - 1))
+        return 1.0
+    return 1 + guidance_rescale * (float(conditional.std()) / spread - 1)
 
 
 def _mean(states: Sequence[Array], weights: Sequence[float]) -> NDArray[np.float64]:

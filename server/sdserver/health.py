@@ -36,7 +36,7 @@ class HealthMonitor:
         self._catalog = catalog
         self._backend = backend
         self._interval_seconds = interval_seconds
-        self._ready = {engine.id: False for engine in catalog}
+        self._ready: dict[str, bool] = {}
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
@@ -55,7 +55,7 @@ class HealthMonitor:
 
     def is_ready(self, engine: Engine) -> bool:
         """Whether the engine's models answered at the last look, and nobody has doubted it since."""
-        return self._ready[engine.id]
+        return self._ready.get(engine.id, False)
 
     def doubt(self, engine: Engine) -> None:
         """The engine's models did not answer just now: it counts as not ready until the next look."""
@@ -76,7 +76,7 @@ class HealthMonitor:
         answers = await asyncio.gather(*(self._backend.is_ready(engine) for engine in engines))
         ready = {engine.id: answer for engine, answer in zip(engines, answers, strict=True)}
         for engine_id, answer in ready.items():
-            if answer != self._ready[engine_id]:
+            if answer != self._ready.get(engine_id, False):
                 log.info("engine is ready" if answer else "engine is not ready", engine=engine_id)
         self._ready = ready
         await self._publish()

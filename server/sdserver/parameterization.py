@@ -32,14 +32,18 @@ def initial_latents(noise: Array, sigma: float) -> Array:
 
 def denoised(prediction: Array, x: Array, sigma: float, prediction_type: PredictionType) -> Array:
     """[C, h, w] the latents x0 that a UNet's `prediction` for `x` at `sigma` means."""
+    c_skip, c_out = denoised_by(sigma, prediction_type)
+    return c_skip * x + c_out * prediction
+
+
+def denoised_by(sigma: float, prediction_type: PredictionType) -> tuple[float, float]:
+    """c_skip and c_out: how much of `x` and of a UNet's prediction for it make x0."""
     match prediction_type:
         case "epsilon":
-            return x - sigma * prediction
+            return 1.0, -sigma
         case "v_prediction":
             # Salimans and Ho 2022 (arXiv:2202.00512): v = sqrt(abar) * noise - sqrt(1 - abar) * x0.
-            c_skip = 1.0 / (sigma**2 + 1.0)
-            c_out = -sigma / math.sqrt(sigma**2 + 1.0)
-            return c_skip * x + c_out * prediction
+            return 1.0 / (sigma**2 + 1.0), -sigma / math.sqrt(sigma**2 + 1.0)
         case "sample":
-            return prediction
+            return 0.0, 1.0
     assert_never(prediction_type)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sdserver.clip_guidance import blended_features
+from sdserver.engine_pool import EnginePool
 from sdserver.errors import InvalidRequest, TimeLimit
 from sdserver.generation import Generation
 from sdserver.guidance import Guidance, blend
 from sdserver.outbox import Outbox
 from sdserver.request import Accepted, Event, GenerationRequest, PromptUsage
-from sdserver.step_scheduler import StepScheduler
 from sdserver.text_cache import TextCache
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from sdserver.admission import Admission
-    from sdserver.backends import Backend
+    from sdserver.backends import Backend, EncodedText
     from sdserver.engines import Engine
+    from sdserver.image_writer import ImageWriter
+    from sdserver.safety import SafetyCheck
 
 Array = NDArray[np.float32]
 
@@ -43,18 +46,25 @@ class Pipeline:
         admission: Admission,
         max_generation_seconds: float,
         text_cache_bytes: int,
+        writer: ImageWriter,
+        safety: SafetyCheck | None = None,
     ) -> None:
         self._backend = backend
+        self._writer = writer
+        self._safety = safety
         self._texts = TextCache(backend, text_cache_bytes)
         self._admission = admission
         self._max_generation_seconds = max_generation_seconds
-        self._schedulers = {engine.id: _scheduler(engine, backend) for engine in engines}
+        self._engines = tuple(engines)
+        self.pool = EnginePool(backend)
+        """The engines that requests may use; it may change while they run."""
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self._stack.push_async_callback(self._texts.close)
-        for scheduler in self._schedulers.values():
-            await self._stack.enter_async_context(scheduler)
+        await self._stack.enter_async_context(self.pool)
+        for engine in self._engines:
+            await self.pool.open(engine)
         return self
 
     async def __aexit__(
@@ -67,16 +77,19 @@ class Pipeline:
 
         The work goes on while a reader is slow; of the progress it then sees only the latest.
         """
-        with self._admission.enter() as place:
+        with self._admission.enter() as place, self.pool.use(request.engine) as schedulers:
             arrival = time.monotonic()
             async with self._time_limit():
-                guidance, prompt_usage = await self._encode(request)
+                guidance, target, prompt_usage = await self._encode(request)
             encoded = time.monotonic()
             yield Accepted(request, place.position, prompt_usage)
             await place.started()
             outbox = Outbox()
-            scheduler = self._schedulers[request.engine.id]
-            generation = Generation(request, guidance, self._backend, scheduler, outbox, arrival, encoded)
+            clip_guide = schedulers.clip_guide(request.clip_guidance, target)
+            generation = Generation(
+                *(request, guidance, self._backend, schedulers.unet, clip_guide, self._writer, self._safety),
+                *(outbox, arrival, encoded),
+            )
             work = asyncio.create_task(self._run(generation, outbox), name=f"generation {request.request_id}")
             try:
                 async with aclosing(outbox.events()) as events:
@@ -87,25 +100,29 @@ class Pipeline:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
 
-    async def _encode(self, request: GenerationRequest) -> tuple[Guidance, tuple[PromptUsage, ...]]:
-        engine, prompts = request.engine, request.prompts
+    async def _encode(self, request: GenerationRequest) -> tuple[Guidance, Array | None, tuple[PromptUsage, ...]]:
+        """Guidance, the text features of CLIP guidance, and how long each prompt is."""
+        engine, prompts, clip = request.engine, request.prompts, request.clip_guidance
+        texts = {f"prompts[{index}].text": (prompt.text, prompt.emphasis) for index, prompt in enumerate(prompts)}
+        if clip is not None and clip.prompt:
+            texts["clip_guidance.prompt"] = clip.prompt, ()
         empty, *encoded = await asyncio.gather(
             self._texts.encode_text(engine, "", ()),
-            *(self._texts.encode_text(engine, prompt.text, prompt.emphasis) for prompt in prompts),
+            *(self._texts.encode_text(engine, text, emphasis) for text, emphasis in texts.values()),
         )
         most = engine.limits.max_prompt_chunks
         too_long = {
-            f"prompts[{index}].text": f"{text.tokens} tokens make {text.chunks} chunks; engine {engine.id} takes at "
+            path: f"{text.tokens} tokens make {text.chunks} chunks; engine {engine.id} takes at "
             f"most {most} of {engine.text_encoder.context_length - 2} tokens, so shorten it or split it into several "
             "prompts"
-            for index, text in enumerate(encoded)
+            for path, text in zip(texts, encoded, strict=True)
             if text.chunks > most
         }
         if too_long:
             raise InvalidRequest(too_long)
-        used = [
-            (text.states, prompt.weight) for text, prompt in zip(encoded, prompts, strict=True) if prompt.weight != 0
-        ]
+        # Only the last one can be no prompt.
+        of_prompts = list(zip(encoded, prompts, strict=False))
+        used = [(text.states, prompt.weight) for text, prompt in of_prompts if prompt.weight != 0]
         guidance = blend(
             [states for states, _ in used],
             [weight for _, weight in used],
@@ -114,7 +131,11 @@ class Pipeline:
             request.guidance_scale,
             request.guidance_interval,
         )
-        return guidance, tuple(PromptUsage(text.tokens, text.chunks) for text in encoded)
+        wanted = [] if clip is None else [(text, p.weight) for text, p in of_prompts if p.weight > 0]
+        if clip is not None and clip.prompt:
+            wanted = [(encoded[-1], 1.0)]
+        target = blended_features([(_features(text), weight) for text, weight in wanted]) if wanted else None
+        return guidance, target, tuple(PromptUsage(text.tokens, text.chunks) for text, _ in of_prompts)
 
     async def _run(self, generation: Generation, outbox: Outbox) -> None:
         try:
@@ -137,8 +158,7 @@ class Pipeline:
             ) from error
 
 
-def _scheduler(engine: Engine, backend: Backend) -> StepScheduler:
-    async def unet(latents: Array, timesteps: Array, text_states: Array) -> Array:
-        return await backend.predict(engine, latents, timesteps, text_states)
-
-    return StepScheduler(unet, engine.max_batch_rows)
+def _features(text: EncodedText) -> Array:
+    """Its features, which every text of an engine with CLIP guidance has."""
+    assert text.features is not None
+    return text.features

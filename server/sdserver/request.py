@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from sdserver.engines import Engine
+    from sdserver.canvas import Canvas, Fit, Outpaint
+    from sdserver.engines import Engine, Windows
 
 Blending = Literal["text_encoder", "composable"]
 BLENDINGS: tuple[Blending, ...] = ("text_encoder", "composable")
@@ -39,11 +40,64 @@ class GuidanceInterval:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipGuidance:
+    """Steers by CLIP between those fractions of the steps, 0 <= start < end <= 1; `clip_guidance` says how."""
+
+    scale: float
+    """0 to 10."""
+    cutouts: int
+    """Random crops that CLIP looks at in each step; 0: the whole image."""
+    start: float
+    end: float
+    prompt: str
+    """What CLIP is asked to see; empty: the positive prompts, by weight."""
+    exact: bool
+    """Whether the gradient goes through the UNet, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class InitImage:
+    """The image that a generation starts from: the SHA-256 of its file, and what became of it and of the mask."""
+
+    sha256: str
+    strength: float
+    """How much of the schedule is run on it, 0 to 1."""
+    fit: Fit
+    canvas: Canvas = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which part of the initial image is repainted: the SHA-256 of its file, and its soft border in pixels."""
+
+    sha256: str
+    feather: float
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """The noise of image `i` is moved towards that of `seed + i`, by `strength`, 0 to 1."""
+
+    seed: int
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class TwoPass:
+    """A first pass of so many pixels, and how much of the schedule the second one runs, 0 to 1."""
+
+    width: int
+    height: int
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
-    """File format; `quality` 1 to 100 for lossy formats, None otherwise."""
+    """File format; `quality` 1 to 100 for lossy formats, None otherwise; whether the file says how it was made."""
 
     media_type: str
     quality: int | None
+    metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +122,23 @@ class GenerationRequest:
     guidance_scale: float
     guidance_interval: GuidanceInterval
     guidance_rescale: float
+    clip_guidance: ClipGuidance | None = None
+    """None: classifier-free guidance alone."""
     output: Output
+    init_image: InitImage | None = None
+    """None: starts from pure noise."""
+    mask: Mask | None = None
+    """None: nothing but what has no content is repainted by itself."""
+    outpaint: Outpaint | None = None
+    variation: Variation | None = None
+    two_pass: TwoPass | None = None
+    """None: one pass."""
+    windows: Windows | None = None
+    """In which the UNet sees the image one by one; None: as a whole."""
+    tile_x: bool = False
+    """Whether the right border continues at the left one."""
+    tile_y: bool = False
+    """Whether the lower border continues at the upper one."""
     preview_every_steps: int | None
     """A preview after every so many steps; None: no previews."""
 
@@ -76,6 +146,11 @@ class GenerationRequest:
     def image_count(self) -> int:
         """Images to generate."""
         return len(self.seeds)
+
+    def alone(self, index: int) -> GenerationRequest:
+        """The request of which image `index` is the only image."""
+        variation = self.variation and replace(self.variation, seed=self.variation.seed + index)
+        return replace(self, seeds=(self.seeds[index],), variation=variation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +190,29 @@ class Preview:
     height: int
 
 
+SafetyOutcome = Literal["passed", "flagged", "blurred", "blocked"]
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyScore:
+    """How far an image belongs to a class of the safety check, 0 to 1, and from which score on the check acts."""
+
+    label: str
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Safety:
+    """What the safety check made of an image."""
+
+    outcome: SafetyOutcome
+    scores: tuple[SafetyScore, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A finished image as an encoded file; its size in pixels."""
+    """A finished image as an encoded file; its size in pixels, and whether it is signed."""
 
     index: int
     seed: int
@@ -125,15 +220,19 @@ class Image:
     media_type: str
     width: int
     height: int
+    signed: bool = False
+    safety: Safety | None = None
+    """None: there was no safety check. A blocked image has no data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`unet_rows` computed, and `pixel_steps`: pixels of the generated size summed over those rows."""
+    """What was computed; `pixel_steps` are the pixels that the UNet saw, summed over its rows."""
 
     image_count: int
     unet_rows: int
     pixel_steps: int
+    clip_gradients: int
 
 
 @dataclass(frozen=True, slots=True)

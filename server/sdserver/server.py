@@ -13,12 +13,20 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 from sdapi.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
+from sdserver import wire
 from sdserver.admission import Admission
 from sdserver.backends.triton import TritonBackend
+from sdserver.block_list import read_block_list
+from sdserver.engine_watch import EngineWatch
 from sdserver.engines import load_catalog
 from sdserver.health import HealthMonitor
+from sdserver.image_writer import ImageWriter
+from sdserver.images import missing_codecs
 from sdserver.pipeline import Pipeline
+from sdserver.safety import SafetyCheck
+from sdserver.safety_model import load_safety_model
 from sdserver.service import SERVICE, GenerationService, StatusInterceptor
+from sdserver.signing import Signer, SigningError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 
     from sdserver.backends import Backend
     from sdserver.engines import Catalog
+    from sdserver.safety import SafetyMode
+    from sdserver.safety_model import SafetyModel
     from sdserver.settings import ServeSettings
 
 log = structlog.get_logger()
@@ -56,7 +66,7 @@ class Server:
     """A running server. `async with Server(settings) as server`: `server.port` is where it listens.
 
     `backend` replaces the one that the settings name: the seam for tests.
-    Raises EngineError or ServerError when it cannot start.
+    Raises EngineError, SafetyError, BlockListError or ServerError when it cannot start.
     """
 
     def __init__(self, settings: ServeSettings, backend: Backend | None = None) -> None:
@@ -80,8 +90,14 @@ class Server:
 
     async def _start(self) -> None:
         settings = self._settings
+        if missing := missing_codecs():
+            raise ServerError(f"this Pillow cannot write {', '.join(missing)}: pip install --upgrade 'pillow>=11.3'")
         self.catalog = load_catalog(settings.model_repository, settings.default_engine)
-        backend = self._given_backend or self._backend()
+        chosen = _safety(settings)
+        path = settings.prompt_block_list
+        block_list = None if path is None else await asyncio.to_thread(read_block_list, path)
+        backend = self._given_backend or self._backend(chosen and chosen[1])
+        safety = None if chosen is None else SafetyCheck(*chosen, backend)
         self._stack.push_async_callback(backend.close)
         pipeline = await self._stack.enter_async_context(
             Pipeline(
@@ -90,13 +106,22 @@ class Server:
                 self.admission,
                 settings.max_generation_seconds,
                 settings.text_cache_mb * 1_000_000,
+                ImageWriter(wire.to_json, await asyncio.to_thread(_signer, settings)),
+                safety,
             )
         )
+        watch = EngineWatch(
+            *(settings.model_repository, settings.default_engine, self.catalog, pipeline.pool, backend),
+            settings.engine_watch_seconds,
+        )
+        await self._stack.enter_async_context(watch)
         monitor = await self._stack.enter_async_context(
             HealthMonitor(self.catalog, backend, settings.health_interval_seconds)
         )
         server = grpc.aio.server(interceptors=[StatusInterceptor()], options=OPTIONS)
-        service = GenerationService(self.catalog, pipeline, monitor, settings.send_timeout_seconds)
+        service = GenerationService(
+            self.catalog, pipeline, monitor, settings.send_timeout_seconds, safety.mode if safety else None, block_list
+        )
         add_GenerationServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
@@ -109,12 +134,12 @@ class Server:
         self._stack.push_async_callback(self._stop, server, monitor)
         log.info("serving", host=settings.host, port=self.port, engines=[engine.id for engine in self.catalog])
 
-    def _backend(self) -> Backend:
+    def _backend(self, safety_model: SafetyModel | None) -> Backend:
         if self._settings.backend == "triton":
-            return TritonBackend(self._settings.triton_url)
+            return TritonBackend(self._settings.triton_url, safety_model)
         from sdserver.backends.in_process import InProcessBackend
 
-        return InProcessBackend(self.catalog, self._settings.model_repository)
+        return InProcessBackend(self.catalog, self._settings.model_repository, safety_model)
 
     async def _stop(self, server: grpc.aio.Server, monitor: HealthMonitor) -> None:
         """Says NOT_SERVING, refuses newcomers, lets the running generations finish, then closes."""
@@ -127,3 +152,25 @@ class Server:
             log.warning("generations did not finish in time and are cancelled", active=self.admission.active)
         # Not a grace period of gRPC's own: that one waits for open health watches, too.
         await server.stop(None)
+
+
+def _safety(settings: ServeSettings) -> tuple[SafetyMode, SafetyModel] | None:
+    """What the safety check does, and its model; None: there is no check."""
+    mode = settings.safety_mode or ("block" if settings.safety_model else "off")
+    if mode == "off":
+        return None
+    if not settings.safety_model:
+        raise ServerError(f"safety_mode is {mode}, but there is no safety_model: name one, or turn safety_mode off")
+    return mode, load_safety_model(settings.model_repository, settings.safety_model)
+
+
+def _signer(settings: ServeSettings) -> Signer | None:
+    certificates, private_key = settings.c2pa_certificates, settings.c2pa_private_key
+    if certificates is None and private_key is None:
+        return None
+    if certificates is None or private_key is None:
+        raise ServerError("signing needs both c2pa_certificates and c2pa_private_key: set the other one, too")
+    try:
+        return Signer(certificates, private_key, settings.c2pa_algorithm, settings.c2pa_timestamp_authority)
+    except SigningError as error:
+        raise ServerError(str(error)) from error

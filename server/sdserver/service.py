@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -14,14 +15,25 @@ from sdapi.v1 import generation_pb2
 from sdapi.v1.generation_pb2_grpc import GenerationServiceServicer
 
 from sdserver import wire
-from sdserver.errors import GenerationFailed, InvalidRequest, RequestError, TimeLimit, Unavailable, to_status
+from sdserver.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    PromptBlocked,
+    RequestError,
+    TimeLimit,
+    Unavailable,
+    to_status,
+)
 from sdserver.request import Event, Finished
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from sdserver.block_list import BlockList
     from sdserver.engines import Catalog, Engine
     from sdserver.pipeline import Pipeline
+    from sdserver.request import GenerationRequest
+    from sdserver.safety import SafetyMode
 
 log = structlog.get_logger()
 
@@ -45,16 +57,27 @@ class Readiness(Protocol):
 class GenerationService(GenerationServiceServicer):
     """Generates images and lists engines."""
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline, readiness: Readiness, send_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        pipeline: Pipeline,
+        readiness: Readiness,
+        send_timeout_seconds: float,
+        safety_mode: SafetyMode | None = None,
+        block_list: BlockList | None = None,
+    ) -> None:
         self._catalog = catalog
         self._pipeline = pipeline
         self._readiness = readiness
         self._send_timeout_seconds = send_timeout_seconds
+        self._picture_reader = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._safety_mode = safety_mode
+        self._block_list = block_list
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         request_id = wire.request_id(message)
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        request = wire.to_request(message, request_id, self._catalog)
+        request = await self._read(message, request_id)
         if not self._readiness.is_ready(request.engine):
             raise Unavailable(
                 f"engine {request.engine.id} is not ready: Triton cannot be reached or its models are loading; "
@@ -71,11 +94,22 @@ class GenerationService(GenerationServiceServicer):
                 self._readiness.doubt(request.engine)
             raise
 
+    async def _read(self, message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
+        if not message.HasField("init_image"):
+            return wire.to_request(message, request_id, self._catalog, self._block_list)
+        # Decoding a picture takes time and memory: off the event loop, and one at a time.
+        return await asyncio.get_running_loop().run_in_executor(
+            self._picture_reader, wire.to_request, message, request_id, self._catalog, self._block_list
+        )
+
     async def ListEngines(  # noqa: N802
         self, message: generation_pb2.ListEnginesRequest, context: Context
     ) -> generation_pb2.ListEnginesResponse:
         return generation_pb2.ListEnginesResponse(
-            engines=[wire.from_engine(engine, self._readiness.is_ready(engine)) for engine in self._catalog]
+            engines=[
+                wire.from_engine(engine, self._readiness.is_ready(engine), self._safety_mode)
+                for engine in self._catalog
+            ]
         )
 
     async def _send(self, event: Event, context: Context) -> None:
@@ -131,7 +165,8 @@ def _guarded(behavior: Any, parse: Any) -> Any:
             if error.code is grpc.StatusCode.INTERNAL:
                 log.error("failed", reason=error.reason, message=error.message, exc_info=error.__cause__)
             else:
-                log.info("refused", reason=error.reason, message=error.message)
+                found = {"block_list_lines": error.found} if isinstance(error, PromptBlocked) else {}
+                log.info("refused", reason=error.reason, message=error.message, **found)
             await _abort(error, context)
         except grpc.aio.AbortError:
             raise

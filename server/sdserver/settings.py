@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     model_repository: Path = Field(
         default_factory=_shipped_model_repository, description="Folder with the engines and their Triton models."
     )
+    safety_model: str = Field(
+        "", description="Folder below <model repository>/safety with the safety check's safety.json; empty: no check."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: colours on a terminal, JSON lines elsewhere."
@@ -56,8 +59,25 @@ class ServeSettings(Settings):
     text_cache_mb: Annotated[int, Field(ge=0)] = Field(
         64, description="Memory, in MB, for text states of prompts that may come again; 0 keeps none."
     )
+    safety_mode: Literal["off", "flag", "blur", "block"] | None = Field(
+        None, description="What becomes of an image that the safety model objects to; default: block, if there is one."
+    )
+    prompt_block_list: Path | None = Field(
+        None, description="File with words and phrases that no prompt may have, one a line."
+    )
     send_timeout_seconds: Seconds = Field(30.0, description="How long a caller may leave its events unread.")
+    engine_watch_seconds: Seconds = Field(2.0, description="Time between two looks for engines that come and go.")
     health_interval_seconds: Seconds = Field(1.0, description="Time between two looks at the models.")
+    c2pa_certificates: Path | None = Field(
+        None, description="PEM chain of certificates, the signer's first: the images are signed as C2PA has it."
+    )
+    c2pa_private_key: Path | None = Field(None, description="The signer's private key, unencrypted PKCS #8 PEM.")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
+        "es256", description="Algorithm of the signatures."
+    )
+    c2pa_timestamp_authority: str | None = Field(
+        None, description="URL of an RFC 3161 authority that is asked for a time stamp of each signature."
+    )
     drain_seconds: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
 
 

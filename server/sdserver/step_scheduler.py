@@ -1,7 +1,7 @@
-"""One UNet call for the rows of many generations: requests join and leave the batch at every denoising step.
+"""One call of a model for the rows of many generations: requests join and leave the batch at every denoising step.
 
 While a call runs, rows of other generations wait; the next call takes those that waited longest and everything of the
-same latent shape that fits beside them. Nothing but the shape has to agree: sampler, step, guidance and prompts differ
+same shapes that fits beside them. Nothing but the shapes has to agree: sampler, step, guidance and prompts differ
 freely.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One latent under one condition: `latents` [C, h, w] as the UNet takes them, `text_states` [tokens, width]."""
 
     latents: Array
@@ -36,25 +35,26 @@ class Row:
 class _Waiting:
     """Rows that one generation asked for together, and where their predictions [R, C, h, w] go."""
 
-    rows: Sequence[Row]
+    rows: Sequence[tuple[Any, ...]]
     predictions: asyncio.Future[Array]
     done: list[Array] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What has to agree in a batch."""
-        return self.rows[0].latents.shape, self.rows[0].text_states.shape
+        return tuple(np.shape(value) for value in self.rows[0])
 
 
 class StepScheduler:
-    """Batches the UNet rows of one engine, at most `max_rows` a call, one call at a time.
+    """Batches the rows of one model, at most `max_rows` a call, one call at a time.
 
-    `unet` takes latents [B, C, h, w], timesteps [B] and text states [B, tokens, width] and returns [B, C, h, w].
+    A row is a tuple of arrays and numbers. `model` takes an array for each of its places, such as latents [B, C, h, w],
+    timesteps [B] and text states [B, tokens, width] for `Row`, and returns [B, C, h, w].
     Used as an async context manager; leaving it stops the worker and cancels whoever still waits.
     """
 
-    def __init__(self, unet: Callable[[Array, Array, Array], Awaitable[Array]], max_rows: int) -> None:
-        self._unet = unet
+    def __init__(self, model: Callable[..., Awaitable[Array]], max_rows: int) -> None:
+        self._model = model
         self._max_rows = max_rows
         self._waiting: deque[_Waiting] = deque()
         self._arrival = asyncio.Event()
@@ -79,8 +79,8 @@ class StepScheduler:
         """Rows that no call has taken yet."""
         return sum(len(waiting.rows) - len(waiting.done) for waiting in self._waiting)
 
-    async def predict(self, rows: Sequence[Row]) -> Array:
-        """[R, C, h, w] predictions of rows of one shape. Cancelling it withdraws the rows that no call has taken."""
+    async def predict(self, rows: Sequence[tuple[Any, ...]]) -> Array:
+        """[R, C, h, w] predictions of rows of the same shapes. Cancelling withdraws the rows that no call has taken."""
         waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrival.set()
@@ -98,13 +98,13 @@ class StepScheduler:
                 continue
             await self._run(batch)
 
-    def _next_batch(self) -> list[tuple[_Waiting, Sequence[Row]]]:
+    def _next_batch(self) -> list[tuple[_Waiting, Sequence[tuple[Any, ...]]]]:
         """The rows that waited longest and whatever of their shape fits beside them; what does not fit stays first."""
         self._waiting = deque(waiting for waiting in self._waiting if not waiting.predictions.done())
         if not self._waiting:
             return []
         shape = self._waiting[0].shape
-        batch: list[tuple[_Waiting, Sequence[Row]]] = []
+        batch: list[tuple[_Waiting, Sequence[tuple[Any, ...]]]] = []
         room = self._max_rows
         for waiting in self._waiting:
             if room == 0:
@@ -115,14 +115,10 @@ class StepScheduler:
                 room -= len(taken)
         return batch
 
-    async def _run(self, batch: list[tuple[_Waiting, Sequence[Row]]]) -> None:
+    async def _run(self, batch: list[tuple[_Waiting, Sequence[tuple[Any, ...]]]]) -> None:
         rows = [row for _, taken in batch for row in taken]
         try:
-            predictions = await self._unet(
-                np.stack([row.latents for row in rows]),
-                np.array([row.timestep for row in rows], np.float32),
-                np.stack([row.text_states for row in rows]),
-            )
+            predictions = await self._model(*(_stacked(values) for values in zip(*rows, strict=True)))
         except Exception as error:
             for waiting, _ in batch:
                 if not waiting.predictions.done():
@@ -134,3 +130,9 @@ class StepScheduler:
             start += len(taken)
             if len(waiting.done) == len(waiting.rows) and not waiting.predictions.done():
                 waiting.predictions.set_result(np.stack(waiting.done))
+
+
+def _stacked(values: Sequence[Any]) -> NDArray[Any]:
+    """[B, ...] of B arrays or numbers; floats are float32."""
+    stacked: NDArray[Any] = np.stack(values)
+    return stacked.astype(np.float32) if stacked.dtype == np.float64 else stacked

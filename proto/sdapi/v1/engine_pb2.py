@@ -25,25 +25,27 @@ _sym_db = _symbol_database.Default()
 from sdapi.v1 import sampling_pb2 as sdapi_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdapi/v1/engine.proto\x12\x08sdapi.v1\x1a\x17sdapi/v1/sampling.proto\"\xa9\x04\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x14\n\x0cnative_width\x18\x06 \x01(\x05\x12\x15\n\rnative_height\x18\x07 \x01(\x05\x12&\n\x06limits\x18\x08 \x01(\x0b\x32\x16.sdapi.v1.EngineLimits\x12*\n\x08\x64\x65\x66\x61ults\x18\t \x01(\x0b\x32\x18.sdapi.v1.EngineDefaults\x12#\n\x08samplers\x18\n \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12%\n\tschedules\x18\x0b \x03(\x0e\x32\x12.sdapi.v1.Schedule\x12\x13\n\x0bmedia_types\x18\x0c \x03(\t\x12\"\n\x07license\x18\r \x01(\x0b\x32\x11.sdapi.v1.License\x12\'\n\x0c\x65ta_samplers\x18\x0e \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12)\n\x0e\x63hurn_samplers\x18\x0f \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12\x16\n\x0eimage_to_image\x18\x10 \x01(\x08\x12\x34\n\rclip_guidance\x18\x11 \x01(\x0b\x32\x1d.sdapi.v1.ClipGuidanceSupport\x12)\n\x07windows\x18\x12 \x01(\x0b\x32\x18.sdapi.v1.WindowDefaults\"S\n\x13\x43lipGuidanceSupport\x12-\n\x07presets\x18\x01 \x03(\x0b\x32\x1c.sdapi.v1.ClipGuidancePreset\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\"^\n\x12\x43lipGuidancePreset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\x12\x0f\n\x07\x63utouts\x18\x03 \x01(\x05\x12\r\n\x05start\x18\x04 \x01(\x02\x12\x0b\n\x03\x65nd\x18\x05 \x01(\x02\"/\n\x0eWindowDefaults\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x0f\n\x07overlap\x18\x02 \x01(\x05\"\xd7\x01\n\x0c\x45ngineLimits\x12\x10\n\x08min_size\x18\x01 \x01(\x05\x12\x10\n\x08max_size\x18\x02 \x01(\x05\x12\x12\n\nmax_pixels\x18\x03 \x01(\x03\x12\x15\n\rsize_multiple\x18\x04 \x01(\x05\x12\x11\n\tmax_steps\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_count\x18\x06 \x01(\x05\x12\x19\n\x11max_prompt_chunks\x18\x07 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x08 \x01(\x05\x12\x18\n\x10max_image_pixels\x18\t \x01(\x03\"\xa0\x01\n\x0e\x45ngineDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\"\n\x07sampler\x18\x05 \x01(\x0e\x32\x11.sdapi.v1.Sampler\x12$\n\x08schedule\x18\x06 \x01(\x0e\x32\x12.sdapi.v1.Schedule\">\n\x07License\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x18\n\x10use_restrictions\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdapi/v1/engine.proto\x12\x08sdapi.v1\x1a\x17sdapi/v1/sampling.proto\"\xd4\x04\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x14\n\x0cnative_width\x18\x06 \x01(\x05\x12\x15\n\rnative_height\x18\x07 \x01(\x05\x12&\n\x06limits\x18\x08 \x01(\x0b\x32\x16.sdapi.v1.EngineLimits\x12*\n\x08\x64\x65\x66\x61ults\x18\t \x01(\x0b\x32\x18.sdapi.v1.EngineDefaults\x12#\n\x08samplers\x18\n \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12%\n\tschedules\x18\x0b \x03(\x0e\x32\x12.sdapi.v1.Schedule\x12\x13\n\x0bmedia_types\x18\x0c \x03(\t\x12\"\n\x07license\x18\r \x01(\x0b\x32\x11.sdapi.v1.License\x12\'\n\x0c\x65ta_samplers\x18\x0e \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12)\n\x0e\x63hurn_samplers\x18\x0f \x03(\x0e\x32\x11.sdapi.v1.Sampler\x12\x16\n\x0eimage_to_image\x18\x10 \x01(\x08\x12\x34\n\rclip_guidance\x18\x11 \x01(\x0b\x32\x1d.sdapi.v1.ClipGuidanceSupport\x12)\n\x07windows\x18\x12 \x01(\x0b\x32\x18.sdapi.v1.WindowDefaults\x12)\n\x0bsafety_mode\x18\x13 \x01(\x0e\x32\x14.sdapi.v1.SafetyMode\"S\n\x13\x43lipGuidanceSupport\x12-\n\x07presets\x18\x01 \x03(\x0b\x32\x1c.sdapi.v1.ClipGuidancePreset\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\"^\n\x12\x43lipGuidancePreset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\x12\x0f\n\x07\x63utouts\x18\x03 \x01(\x05\x12\r\n\x05start\x18\x04 \x01(\x02\x12\x0b\n\x03\x65nd\x18\x05 \x01(\x02\"/\n\x0eWindowDefaults\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x0f\n\x07overlap\x18\x02 \x01(\x05\"\xd7\x01\n\x0c\x45ngineLimits\x12\x10\n\x08min_size\x18\x01 \x01(\x05\x12\x10\n\x08max_size\x18\x02 \x01(\x05\x12\x12\n\nmax_pixels\x18\x03 \x01(\x03\x12\x15\n\rsize_multiple\x18\x04 \x01(\x05\x12\x11\n\tmax_steps\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_count\x18\x06 \x01(\x05\x12\x19\n\x11max_prompt_chunks\x18\x07 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x08 \x01(\x05\x12\x18\n\x10max_image_pixels\x18\t \x01(\x03\"\xa0\x01\n\x0e\x45ngineDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\"\n\x07sampler\x18\x05 \x01(\x0e\x32\x11.sdapi.v1.Sampler\x12$\n\x08schedule\x18\x06 \x01(\x0e\x32\x12.sdapi.v1.Schedule\">\n\x07License\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x18\n\x10use_restrictions\x18\x03 \x01(\t*\x81\x01\n\nSafetyMode\x12\x1b\n\x17SAFETY_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSAFETY_MODE_OFF\x10\x01\x12\x14\n\x10SAFETY_MODE_FLAG\x10\x02\x12\x14\n\x10SAFETY_MODE_BLUR\x10\x03\x12\x15\n\x11SAFETY_MODE_BLOCK\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdapi.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAFETYMODE']._serialized_start=1335
+  _globals['_SAFETYMODE']._serialized_end=1464
   _globals['_ENGINE']._serialized_start=61
-  _globals['_ENGINE']._serialized_end=614
-  _globals['_CLIPGUIDANCESUPPORT']._serialized_start=616
-  _globals['_CLIPGUIDANCESUPPORT']._serialized_end=699
-  _globals['_CLIPGUIDANCEPRESET']._serialized_start=701
-  _globals['_CLIPGUIDANCEPRESET']._serialized_end=795
-  _globals['_WINDOWDEFAULTS']._serialized_start=797
-  _globals['_WINDOWDEFAULTS']._serialized_end=844
-  _globals['_ENGINELIMITS']._serialized_start=847
-  _globals['_ENGINELIMITS']._serialized_end=1062
-  _globals['_ENGINEDEFAULTS']._serialized_start=1065
-  _globals['_ENGINEDEFAULTS']._serialized_end=1225
-  _globals['_LICENSE']._serialized_start=1227
-  _globals['_LICENSE']._serialized_end=1289
+  _globals['_ENGINE']._serialized_end=657
+  _globals['_CLIPGUIDANCESUPPORT']._serialized_start=659
+  _globals['_CLIPGUIDANCESUPPORT']._serialized_end=742
+  _globals['_CLIPGUIDANCEPRESET']._serialized_start=744
+  _globals['_CLIPGUIDANCEPRESET']._serialized_end=838
+  _globals['_WINDOWDEFAULTS']._serialized_start=840
+  _globals['_WINDOWDEFAULTS']._serialized_end=887
+  _globals['_ENGINELIMITS']._serialized_start=890
+  _globals['_ENGINELIMITS']._serialized_end=1105
+  _globals['_ENGINEDEFAULTS']._serialized_start=1108
+  _globals['_ENGINEDEFAULTS']._serialized_end=1268
+  _globals['_LICENSE']._serialized_start=1270
+  _globals['_LICENSE']._serialized_end=1332
 # @@protoc_insertion_point(module_scope)

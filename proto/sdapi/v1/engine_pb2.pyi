@@ -1,5 +1,6 @@
 from sdapi.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class SafetyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SAFETY_MODE_UNSPECIFIED: _ClassVar[SafetyMode]
+    SAFETY_MODE_OFF: _ClassVar[SafetyMode]
+    SAFETY_MODE_FLAG: _ClassVar[SafetyMode]
+    SAFETY_MODE_BLUR: _ClassVar[SafetyMode]
+    SAFETY_MODE_BLOCK: _ClassVar[SafetyMode]
+SAFETY_MODE_UNSPECIFIED: SafetyMode
+SAFETY_MODE_OFF: SafetyMode
+SAFETY_MODE_FLAG: SafetyMode
+SAFETY_MODE_BLUR: SafetyMode
+SAFETY_MODE_BLOCK: SafetyMode
+
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +41,7 @@ class Engine(_message.Message):
     IMAGE_TO_IMAGE_FIELD_NUMBER: _ClassVar[int]
     CLIP_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    SAFETY_MODE_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     description: str
@@ -45,7 +60,8 @@ class Engine(_message.Message):
     image_to_image: bool
     clip_guidance: ClipGuidanceSupport
     windows: WindowDefaults
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ...) -> None: ...
+    safety_mode: SafetyMode
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ...) -> None: ...
 
 class ClipGuidanceSupport(_message.Message):
     __slots__ = ("presets", "exact")

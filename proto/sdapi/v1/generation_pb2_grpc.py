@@ -30,7 +30,9 @@ class GenerationServiceStub:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
+    INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
+    prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
+    only looked at with a guidance scale below 1, where they would be drawn
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -62,7 +64,9 @@ class GenerationServiceServicer:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
+    INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
+    prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
+    only looked at with a guidance scale below 1, where they would be drawn
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -112,7 +116,9 @@ class GenerationService:
 
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
-    INVALID_ARGUMENT    the request is wrong, or a prompt is on the server's block list; see the field violations
+    INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
+    prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
+    only looked at with a guidance scale below 1, where they would be drawn
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`

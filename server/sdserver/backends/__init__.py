@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedText:
     """[chunks * context_length, width] text states, and how many tokens, without start and end, and chunks they are of.
 
-    A text with more chunks than the engine takes has states that must not be used.
+    `features` are the whole text's in the space of CLIP's image features, [E] of unit length; None for engines without
+    CLIP guidance. A text with more chunks than the engine takes has states and features that must not be used.
     """
 
     states: Floats
     tokens: int
     chunks: int
+    features: Floats | None = None
 
 
 class Backend(Protocol):
-    """The models of all engines.
+    """The models of all engines, and the safety model if the operator has chosen one.
 
     Every call raises `errors.Unavailable` when the models cannot be reached and `errors.GenerationFailed` when one of
     them fails; cancelling a call withdraws it where it runs.
@@ -47,8 +50,49 @@ class Backend(Protocol):
         """[B, H, W, 3] pixels of latents [B, C, h, w] in the UNet's scale."""
         ...
 
+    async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
+        """[B, C, h, w] latents, in the UNet's scale, of pixels [B, H, W, 3]; only where the engine has `vae_encoder`.
+
+        The mean of the posterior: the same pixels have the same latents.
+        """
+        ...
+
+    async def classify(self, pictures: Pixels) -> Floats:
+        """[B, K] scores of the safety model for pictures [B, S, S, 3]; only where there is one."""
+        ...
+
+    async def clip_gradient(
+        self, engine: Engine, latents: Floats, targets: Floats, seeds: Integers, cutouts: Integers
+    ) -> Floats:
+        """[B, C, h, w] gradient of CLIP's loss by denoised latents [B, C, h, w], in the UNet's scale.
+
+        The loss falls as the `cutouts` [B] random crops, which follow from `seeds` [B] (0: the whole image), come to
+        look like the text features `targets` [B, E]. Only where the engine has `clip_guidance`.
+        """
+        ...
+
+    async def unet_gradient(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
+    ) -> Floats:
+        """[B, C, h, w] gradients by the latents from those by the predictions of `predict`, `gradients` [B, C, h, w].
+
+        Only where the engine has `unet_gradient`.
+        """
+        ...
+
+    async def load(self, engine: Engine) -> None:
+        """Reads the models of an engine that was not there when the backend was made, or again after a change.
+
+        Returns when they answer, or cannot: `is_ready` says which. Raises Unavailable where nothing can be reached.
+        """
+        ...
+
+    async def unload(self, engine: Engine) -> None:
+        """Lets go of an engine's models; calls that run may fail. Raises Unavailable where nothing can be reached."""
+        ...
+
     async def is_ready(self, engine: Engine) -> bool:
-        """Whether all models of the engine are loaded. Never raises."""
+        """Whether all models of the engine, and the safety model if there is one, are loaded. Never raises."""
         ...
 
     async def close(self) -> None:

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from sdmodels.clip_guidance import ClipGuidance
+    from sdmodels.runtimes import Predict
+    from sdmodels.safety import SafetyClassifier
     from sdmodels.text_encoder import TextEncoder
-    from sdmodels.unet import UNet
-    from sdmodels.vae import VaeDecoder
+    from sdmodels.unet_gradient import UNetGradient
+    from sdmodels.vae import VaeDecoder, VaeEncoder
 
-    from sdserver.backends import Floats, Pixels
+    from sdserver.backends import Floats, Integers, Pixels
     from sdserver.engines import Catalog, Engine
     from sdserver.request import Emphasis
+    from sdserver.safety_model import SafetyModel
 
 log = structlog.get_logger()
 
@@ -34,20 +38,28 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class _Models:
     text_encoder: TextEncoder
-    unet: UNet
+    unet: Predict
     vae_decoder: VaeDecoder
+    vae_encoder: VaeEncoder | None
+    clip_guidance: ClipGuidance | None
+    unet_gradient: UNetGradient | None
 
 
 class InProcessBackend:
     """The same model code that Triton runs, one call at a time in a thread of its own."""
 
-    def __init__(self, catalog: Catalog, model_repository: Path) -> None:
+    def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="models")
+        self._engines = model_repository / "engines"
         self._models: dict[str, _Models] = {}
+        self._safety_model = safety_model
+        self._classifier: SafetyClassifier | None = None
         loop = asyncio.get_running_loop()
+        if safety_model is not None:
+            folder = model_repository / "safety" / safety_model.id
+            self._loading_safety = loop.run_in_executor(self._executor, self._load_safety_model, safety_model, folder)
         self._loading = [
-            loop.run_in_executor(self._executor, self._load, engine, model_repository / "engines" / engine.id)
-            for engine in catalog
+            loop.run_in_executor(self._executor, self._load, engine, self._engines / engine.id) for engine in catalog
         ]
 
     async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
@@ -60,22 +72,78 @@ class InProcessBackend:
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         return await self._run(engine, "vae_decoder", self._loaded(engine).vae_decoder, latents)
 
+    async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
+        vae_encoder = self._loaded(engine).vae_encoder
+        assert vae_encoder is not None
+        return await self._run(engine, "vae_encoder", vae_encoder, pixels)
+
+    async def classify(self, pictures: Pixels) -> Floats:
+        assert self._safety_model is not None
+        if self._classifier is None:
+            raise Unavailable("the safety model is still loading; retry later", "ENGINE_NOT_READY")
+        return await self._call(self._safety_model.model, self._classifier, pictures)
+
+    async def clip_gradient(
+        self, engine: Engine, latents: Floats, targets: Floats, seeds: Integers, cutouts: Integers
+    ) -> Floats:
+        clip_guidance = self._loaded(engine).clip_guidance
+        assert clip_guidance is not None
+        gradients, _ = await self._run(engine, "clip_guidance", clip_guidance, latents, targets, seeds, cutouts)
+        return gradients
+
+    async def unet_gradient(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
+    ) -> Floats:
+        unet_gradient = self._loaded(engine).unet_gradient
+        assert unet_gradient is not None
+        return await self._run(engine, "unet_gradient", unet_gradient, latents, timesteps, text_states, gradients)
+
+    async def load(self, engine: Engine) -> None:
+        def load() -> None:
+            # Calls wait in one line: a load that came before this one has ended.
+            if engine.id not in self._models:
+                self._load(engine, self._engines / engine.id)
+
+        await asyncio.get_running_loop().run_in_executor(self._executor, load)
+
+    async def unload(self, engine: Engine) -> None:
+        self._models.pop(engine.id, None)
+
     async def is_ready(self, engine: Engine) -> bool:
-        return engine.id in self._models
+        return engine.id in self._models and (self._safety_model is None or self._classifier is not None)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
+
+    def _load_safety_model(self, safety_model: SafetyModel, folder: Path) -> None:
+        try:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            from sdmodels.safety import SafetyClassifier
+
+            self._classifier = SafetyClassifier(folder)
+        except Exception:
+            log.exception("safety model could not be loaded", safety_model=safety_model.id)
 
     def _load(self, engine: Engine, folder: Path) -> None:
         try:
             # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Imported here: only this backend may bring torch into the server.
+            from sdmodels.clip_guidance import ClipGuidance
+            from sdmodels.cores import physical_cores
+            from sdmodels.runtimes import load_unet
             from sdmodels.text_encoder import TextEncoder
-            from sdmodels.unet import UNet
-            from sdmodels.vae import VaeDecoder
+            from sdmodels.unet_gradient import UNetGradient
+            from sdmodels.vae import VaeDecoder, VaeEncoder
 
-            self._models[engine.id] = _Models(TextEncoder(folder), UNet(folder), VaeDecoder(folder))
+            self._models[engine.id] = _Models(
+                TextEncoder(folder),
+                load_unet(folder, physical_cores()),
+                VaeDecoder(folder),
+                VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
+                ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
+                UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
+            )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)
 
@@ -88,7 +156,9 @@ class InProcessBackend:
             ) from None
 
     async def _run(self, engine: Engine, role: str, model: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        model_name = engine.model(role)
+        return await self._call(engine.model(role), model, *args, **kwargs)
+
+    async def _call(self, model_name: str, model: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: model(*args, **kwargs))
         except Exception as error:

@@ -15,11 +15,14 @@ from sdserver.backends import EncodedText
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from numpy.typing import NDArray
 
-    from sdserver.backends import Floats, Pixels
+    from sdserver.backends import Floats, Integers, Pixels
     from sdserver.engines import Engine
     from sdserver.request import Emphasis
+    from sdserver.safety_model import SafetyModel
 
 log = structlog.get_logger()
 
@@ -42,8 +45,9 @@ DEAD_STUB = "not healthy"
 class TritonBackend:
     """A client of one Triton server at `url`, "host:port"."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, safety_model: SafetyModel | None = None) -> None:
         self._url = url
+        self._safety_models: tuple[str, ...] = () if safety_model is None else (safety_model.model,)
         self._client = InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
         self._reloads: dict[str, asyncio.Task[None]] = {}
 
@@ -53,10 +57,14 @@ class TritonBackend:
             "emphasis_range": np.array([(part.start, part.end) for part in emphasis], np.int32).reshape(1, -1, 2),
             "emphasis_factor": np.array([[part.factor for part in emphasis]], np.float32),
         }
-        text_states, token_count, chunk_count = await self._infer(
-            engine.model("text_encoder"), inputs, ("text_states", "token_count", "chunk_count")
+        outputs = "text_states", "token_count", "chunk_count"
+        optional = () if engine.clip_guidance is None else ("text_features",)
+        text_states, token_count, chunk_count, *features = await self._infer(
+            engine.model("text_encoder"), inputs, (*outputs, *optional)
         )
-        return EncodedText(text_states[0], int(token_count[0, 0]), int(chunk_count[0, 0]))
+        return EncodedText(
+            text_states[0], int(token_count[0, 0]), int(chunk_count[0, 0]), features[0][0] if features else None
+        )
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
@@ -67,14 +75,62 @@ class TritonBackend:
         (image,) = await self._infer(engine.model("vae_decoder"), {"latents": latents}, ("image",))
         return image
 
+    async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
+        (latents,) = await self._infer(engine.model("vae_encoder"), {"image": pixels}, ("latents",))
+        return latents
+
+    async def classify(self, pictures: Pixels) -> Floats:
+        (model,) = self._safety_models
+        (scores,) = await self._infer(model, {"image": pictures}, ("score",))
+        return scores
+
+    async def clip_gradient(
+        self, engine: Engine, latents: Floats, targets: Floats, seeds: Integers, cutouts: Integers
+    ) -> Floats:
+        inputs: dict[str, NDArray[Any]] = {
+            "latents": latents,
+            "target": targets,
+            "seed": seeds[:, None],
+            "cutouts": cutouts[:, None].astype(np.int32),
+        }
+        (gradient,) = await self._infer(engine.model("clip_guidance"), inputs, ("gradient",))
+        return gradient
+
+    async def unet_gradient(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
+    ) -> Floats:
+        inputs = {
+            "latents": latents,
+            "timestep": timesteps[:, None],
+            "text_states": text_states,
+            "gradient": gradients,
+        }
+        (gradient,) = await self._infer(engine.model("unet_gradient"), inputs, ("latent_gradient",))
+        return gradient
+
+    async def load(self, engine: Engine) -> None:
+        await asyncio.gather(*(self._changed(self._client.load_model(model), model) for model in engine.models))
+
+    async def unload(self, engine: Engine) -> None:
+        await asyncio.gather(*(self._changed(self._client.unload_model(model), model) for model in engine.models))
+
+    async def _changed(self, change: Coroutine[Any, Any, None], model: str) -> None:
+        try:
+            await change
+        except InferenceServerException as error:
+            if error.status() == "StatusCode.UNAVAILABLE":
+                raise Unavailable("Triton cannot be reached; retry later", "TRITON_UNAVAILABLE") from error
+            log.error("model could not be loaded or unloaded", model=model, error=str(error))
+
     async def is_ready(self, engine: Engine) -> bool:
+        models = engine.models + self._safety_models
         try:
             answers = await asyncio.gather(
-                *(self._client.is_model_ready(model, client_timeout=READY_SECONDS) for model in engine.models)
+                *(self._client.is_model_ready(model, client_timeout=READY_SECONDS) for model in models)
             )
         except InferenceServerException:
             return False
-        return all(answers) and not any(model in self._reloads for model in engine.models)
+        return all(answers) and not any(model in self._reloads for model in models)
 
     async def close(self) -> None:
         for reload in self._reloads.values():

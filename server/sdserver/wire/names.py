@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdapi.v1 import generation_pb2, sampling_pb2
+from sdapi.v1 import engine_pb2, generation_pb2, sampling_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
@@ -30,4 +30,7 @@ class Names:
 
 SAMPLER_NAMES = Names(sampling_pb2.Sampler, "SAMPLER_")
 SCHEDULE_NAMES = Names(sampling_pb2.Schedule, "SCHEDULE_")
+FIT_NAMES = Names(generation_pb2.Fit, "FIT_")
+SAFETY_MODE_NAMES = Names(engine_pb2.SafetyMode, "SAFETY_MODE_")
+SAFETY_OUTCOME_NAMES = Names(generation_pb2.SafetyOutcome, "SAFETY_OUTCOME_")
 BLENDING_NAMES = Names(generation_pb2.Blending, "BLENDING_")

@@ -6,15 +6,20 @@ import secrets
 import uuid
 from typing import TYPE_CHECKING
 
-from sdserver.errors import InvalidRequest, NotSupported, UnknownEngine
+from sdserver.errors import InvalidRequest, NotSupported, PromptBlocked, UnknownEngine
 from sdserver.images import DEFAULT_QUALITY, MEDIA_TYPES
+from sdserver.noise import MAX_SEED
 from sdserver.request import BLENDINGS, Emphasis, GenerationRequest, GuidanceInterval, Output, Prompt
 from sdserver.samplers import noise_options, samplers_with
 from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES, Names
+from sdserver.wire.reading_clip_guidance import read_clip_guidance
+from sdserver.wire.reading_images import MAX_CHOSEN_SEED, ImageFields
+from sdserver.wire.reading_windows import check_tiling, read_windows
 
 if TYPE_CHECKING:
     from sdapi.v1 import generation_pb2
 
+    from sdserver.block_list import BlockList
     from sdserver.engines import Catalog, Engine
 
 MAX_PROMPTS = 64
@@ -25,14 +30,11 @@ MAX_EMPHASIS_RANGES = 256
 MAX_EMPHASIS_FACTOR = 10.0
 MAX_GUIDANCE_SCALE = 100.0
 MAX_CHURN = 100.0
-MAX_SEED = 2**63 - 1
-# Small enough to be read out, typed again and kept by languages whose numbers are doubles.
-MAX_CHOSEN_SEED = 2**32 - 1
 
 DEFAULT_PREVIEW_STEPS = 5
 
-# In the contract, and filled by later versions of the server.
-NOT_SUPPORTED = ("clip_guidance", "init_image", "mask")
+# What needs an engine's `vae_encoder`.
+IMAGE_TO_IMAGE = ("init_image", "mask", "outpaint", "two_pass")
 
 
 def request_id(message: generation_pb2.GenerateRequest) -> str:
@@ -40,48 +42,68 @@ def request_id(message: generation_pb2.GenerateRequest) -> str:
     return message.request_id if _is_printable(message.request_id) else str(uuid.uuid4())
 
 
-def to_request(message: generation_pb2.GenerateRequest, request_id: str, catalog: Catalog) -> GenerationRequest:
+def to_request(
+    message: generation_pb2.GenerateRequest, request_id: str, catalog: Catalog, block_list: BlockList | None = None
+) -> GenerationRequest:
     """The request under this id with everything resolved.
 
-    Raises InvalidRequest with all violations at once, UnknownEngine, or NotSupported.
+    Raises InvalidRequest with all violations at once (PromptBlocked if the block list is among them), UnknownEngine, or
+    NotSupported.
     """
     engine = catalog.get(message.engine) if message.engine else catalog.default
     if engine is None:
         raise UnknownEngine(
             f"no engine {message.engine[:64]!r}; this server has {', '.join(engine.id for engine in catalog)}"
         )
-    request = _Reader(message, request_id, engine).read()
+    for field in IMAGE_TO_IMAGE if "vae_encoder" not in engine.optional_roles else ():
+        if message.HasField(field):
+            raise NotSupported(f"engine {engine.id} takes no images; leave {field} out", field=field)
+    request = _Reader(message, request_id, engine, block_list).read()
     if request.preview_every_steps is not None and engine.preview_map is None:
         raise NotSupported(f"engine {engine.id} has no previews; leave preview out", field="preview")
-    for field in NOT_SUPPORTED:
-        if message.HasField(field):
-            raise NotSupported(f"{field} is not supported by this version of the server; leave it out", field=field)
+    if message.HasField("windows") and engine.windows is None:
+        raise NotSupported(f"engine {engine.id} has no windows; leave them out", field="windows")
+    if message.HasField("clip_guidance") and engine.clip_guidance is None:
+        raise NotSupported(f"engine {engine.id} has no CLIP guidance; leave it out", field="clip_guidance")
+    if message.clip_guidance.exact and "unet_gradient" not in engine.optional_roles:
+        raise NotSupported(
+            f"engine {engine.id} has no exact CLIP guidance; leave exact out", field="clip_guidance.exact"
+        )
     return request
 
 
 class _Reader:
     """Reads one message and collects everything that is wrong with it."""
 
-    def __init__(self, message: generation_pb2.GenerateRequest, request_id: str, engine: Engine) -> None:
+    def __init__(
+        self, message: generation_pb2.GenerateRequest, request_id: str, engine: Engine, block_list: BlockList | None
+    ) -> None:
         self._message = message
+        self._block_list = block_list
         self._request_id = request_id
         self._engine = engine
         self._violations: dict[str, str] = {}
 
     def read(self) -> GenerationRequest:
         message, limits, defaults = self._message, self._engine.limits, self._engine.defaults
-        width = self._integer("width", limits.min_size, limits.max_size, defaults.width)
-        height = self._integer("height", limits.min_size, limits.max_size, defaults.height)
+        image_fields = ImageFields(message, self._engine, self._violations)
+        default_width, default_height = image_fields.default_size()
+        width = self._integer("width", limits.min_size, limits.max_size, default_width)
+        height = self._integer("height", limits.min_size, limits.max_size, default_height)
         if not {"width", "height"} & self._violations.keys() and width * height > limits.max_pixels:
             self._violations["width"] = (
                 f"{width} x {height} is {width * height} pixels; engine {self._engine.id} makes at most "
                 f"{limits.max_pixels}"
             )
+        two_pass = image_fields.two_pass(width, height)
+        check_tiling(message, self._engine, width, height, two_pass, self._violations)
+        seeds = self._seeds()
         sampler = self._enum("sampler", SAMPLER_NAMES, defaults.sampler)
+        prompts = self._prompts()
         request = GenerationRequest(
             request_id=self._request_id,
             engine=self._engine,
-            prompts=self._prompts(),
+            prompts=prompts,
             blending=next(name for name in BLENDINGS if name == self._enum("blending", BLENDING_NAMES, BLENDINGS[0])),
             width=width,
             height=height,
@@ -90,20 +112,46 @@ class _Reader:
             schedule=self._enum("schedule", SCHEDULE_NAMES, defaults.schedule),
             eta=self._noise_option("eta", 1.0, sampler),
             churn=self._noise_option("churn", MAX_CHURN, sampler),
-            seeds=self._seeds(),
+            seeds=seeds,
             guidance_scale=self._number("guidance_scale", 0.0, MAX_GUIDANCE_SCALE, defaults.guidance_scale),
             guidance_interval=self._guidance_interval(),
             guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
+            clip_guidance=read_clip_guidance(message, self._engine, prompts, self._violations),
             output=self._output(),
             preview_every_steps=self._preview_every_steps(),
+            outpaint=image_fields.outpaint,
+            mask=image_fields.mask(),
+            variation=image_fields.variation(len(seeds)),
+            two_pass=two_pass,
+            windows=read_windows(message, self._engine, self._violations),
+            tile_x=message.tile_x,
+            tile_y=message.tile_y,
+            # The last: it fits pictures only if nothing is wrong so far.
+            init_image=image_fields.init_image(width, height),
         )
         if message.request_id and not _is_printable(message.request_id):
             self._violations["request_id"] = f"at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
-        if message.HasField("mask") and not message.HasField("init_image"):
-            self._violations["mask"] = "needs init_image, the image that it is a mask of"
+        if blocked := self._blocked(request):
+            problem = "is not allowed by this server; say it in other words"
+            raise PromptBlocked({**dict.fromkeys(blocked, problem), **self._violations}, blocked)
         if self._violations:
             raise InvalidRequest(self._violations)
         return request
+
+    def _blocked(self, request: GenerationRequest) -> dict[str, int]:
+        """Field path -> line of the block list, for each text that the images could come to show."""
+        if self._block_list is None:
+            return {}
+        # A negative prompt keeps out what it names, and who wants that has to be able to name it. With a guidance scale
+        # below 1 it is drawn instead.
+        texts = {
+            f"prompts[{index}].text": prompt.text
+            for index, prompt in enumerate(request.prompts)
+            if not prompt.weight < 0 or request.guidance_scale < 1
+        }
+        texts["clip_guidance.prompt"] = self._message.clip_guidance.prompt
+        found = {path: self._block_list.find(text) for path, text in texts.items() if path not in self._violations}
+        return {path: line for path, line in found.items() if line is not None}
 
     def _integer(self, field: str, least: int, most: int, default: int) -> int:
         if not self._message.HasField(field):
@@ -195,9 +243,12 @@ class _Reader:
             image_count = self._integer("image_count", 1, most, 1)
             if "image_count" in self._violations:
                 image_count = 1
+            # Variations differ in the other seed.
+            step = 0 if message.HasField("variation") else 1
             # The last image's seed has to be one, too.
-            seed = self._integer("seed", 0, MAX_SEED - (image_count - 1), secrets.randbelow(MAX_CHOSEN_SEED))
-            return tuple(range(seed, seed + image_count))
+            most_seed = MAX_SEED - step * (image_count - 1)
+            seed = self._integer("seed", 0, most_seed, secrets.randbelow(MAX_CHOSEN_SEED))
+            return tuple(seed + step * index for index in range(image_count))
         if message.HasField("seed"):
             self._violations["seed"] = "not together with seeds; leave one of them out"
         if message.HasField("image_count") and message.image_count != len(message.seeds):
@@ -237,15 +288,16 @@ class _Reader:
                 f"{media_type[:64]!r} is not supported; one of {', '.join(MEDIA_TYPES)}"
             )
             return Output("image/png", None)
+        metadata = output.metadata if output.HasField("metadata") else True
         _, lossy = MEDIA_TYPES[media_type]
         if not lossy:
             if output.HasField("quality"):
                 self._violations["output.quality"] = f"{media_type} is lossless; leave quality out"
-            return Output(media_type, None)
+            return Output(media_type, None, metadata)
         quality = output.quality if output.HasField("quality") else DEFAULT_QUALITY
         if not 1 <= quality <= 100:
             self._violations["output.quality"] = f"{quality} is not an integer from 1 to 100"
-        return Output(media_type, quality)
+        return Output(media_type, quality, metadata)
 
 
 def _is_printable(text: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from sdapi.v1 import engine_pb2, generation_pb2
 
@@ -11,17 +13,26 @@ from sdserver.engines import SCHEDULES, Engine
 from sdserver.images import MEDIA_TYPES
 from sdserver.request import Accepted, Finished, Image, Preview, Progress
 from sdserver.samplers import SAMPLERS, samplers_with
-from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES
+from sdserver.wire.names import (
+    BLENDING_NAMES,
+    FIT_NAMES,
+    SAFETY_MODE_NAMES,
+    SAFETY_OUTCOME_NAMES,
+    SAMPLER_NAMES,
+    SCHEDULE_NAMES,
+)
 
 if TYPE_CHECKING:
-    from sdserver.request import Event, GenerationRequest
+    from sdserver.request import Event, GenerationRequest, InitImage, Safety
+    from sdserver.safety import SafetyMode
 
 
 def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
     """The resolved request as a message: sending it again gives the same images."""
     first, count = request.seeds[0], request.image_count
-    # One seed says it all, if the others count up from it.
-    one_seed = request.seeds == tuple(range(first, first + count))
+    # One seed says it all, if the others count up from it, or are the same in variations.
+    step = 1 if request.variation is None else 0
+    one_seed = request.seeds == tuple(first + step * index for index in range(count))
     return generation_pb2.GenerateRequest(
         request_id=request.request_id,
         engine=request.engine.id,
@@ -52,11 +63,35 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
             start=request.guidance_interval.start, end=request.guidance_interval.end
         ),
         guidance_rescale=request.guidance_rescale,
-        output=generation_pb2.Output(media_type=request.output.media_type, quality=request.output.quality),
+        clip_guidance=None
+        if request.clip_guidance is None
+        else generation_pb2.ClipGuidance(**asdict(request.clip_guidance)),
+        output=generation_pb2.Output(
+            media_type=request.output.media_type, quality=request.output.quality, metadata=request.output.metadata
+        ),
+        init_image=None if request.init_image is None else _init_image(request.init_image),
+        mask=None
+        if request.mask is None
+        else generation_pb2.Mask(sha256=request.mask.sha256, feather=request.mask.feather),
+        outpaint=None if request.outpaint is None else generation_pb2.Outpaint(**asdict(request.outpaint)),
+        variation=None if request.variation is None else generation_pb2.Variation(**asdict(request.variation)),
+        two_pass=None if request.two_pass is None else generation_pb2.TwoPass(**asdict(request.two_pass)),
+        windows=_windows(request),
+        tile_x=request.tile_x,
+        tile_y=request.tile_y,
         preview=None
         if request.preview_every_steps is None
         else generation_pb2.PreviewOptions(every_steps=request.preview_every_steps),
     )
+
+
+def to_json(request: GenerationRequest) -> str:
+    """All that makes the images of a request what they are, as canonical protobuf JSON in ASCII."""
+    message = from_request(request)
+    # They say who asked, and what was seen on the way.
+    message.ClearField("request_id")
+    message.ClearField("preview")
+    return json_format.MessageToJson(message, indent=None)
 
 
 def from_event(event: Event) -> generation_pb2.GenerateResponse:
@@ -95,6 +130,8 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
                     media_type=event.media_type,
                     width=event.width,
                     height=event.height,
+                    signed=event.signed,
+                    safety=None if event.safety is None else _safety(event.safety),
                 )
             )
         case Finished():
@@ -104,6 +141,7 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
                         image_count=event.usage.image_count,
                         unet_rows=event.usage.unet_rows,
                         pixel_steps=event.usage.pixel_steps,
+                        clip_gradients=event.usage.clip_gradients,
                     ),
                     timings=generation_pb2.Timings(
                         queue=_duration(event.timings.queue),
@@ -116,8 +154,31 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
             )
 
 
-def from_engine(engine: Engine, ready: bool) -> engine_pb2.Engine:
-    """An engine as ListEngines tells it."""
+def _safety(safety: Safety) -> generation_pb2.Safety:
+    return generation_pb2.Safety(
+        outcome=SAFETY_OUTCOME_NAMES.number(safety.outcome),  # type: ignore[arg-type]
+        scores=[generation_pb2.SafetyScore(**asdict(score)) for score in safety.scores],
+    )
+
+
+def _windows(request: GenerationRequest) -> generation_pb2.Windows | None:
+    if request.engine.windows is None:
+        return None
+    if request.windows is None:
+        return generation_pb2.Windows(size=0)
+    return generation_pb2.Windows(**request.windows.model_dump())
+
+
+def _init_image(init_image: InitImage) -> generation_pb2.InitImage:
+    return generation_pb2.InitImage(
+        strength=init_image.strength,
+        fit=FIT_NAMES.number(init_image.fit),  # type: ignore[arg-type]
+        sha256=init_image.sha256,
+    )
+
+
+def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> engine_pb2.Engine:
+    """An engine as ListEngines tells it; without a `safety_mode` there is no safety check."""
     limits, defaults = engine.limits, engine.defaults
     return engine_pb2.Engine(
         id=engine.id,
@@ -139,9 +200,18 @@ def from_engine(engine: Engine, ready: bool) -> engine_pb2.Engine:
         samplers=[SAMPLER_NAMES.number(name) for name in SAMPLERS],  # type: ignore[misc]
         schedules=[SCHEDULE_NAMES.number(name) for name in SCHEDULES],  # type: ignore[misc]
         media_types=list(MEDIA_TYPES),
+        windows=None if engine.windows is None else engine_pb2.WindowDefaults(**engine.windows.model_dump()),
+        image_to_image="vae_encoder" in engine.optional_roles,
         license=engine_pb2.License(**engine.license.model_dump()),
         eta_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("eta")],  # type: ignore[misc]
         churn_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
+        safety_mode=SAFETY_MODE_NAMES.number(safety_mode or "off"),  # type: ignore[arg-type]
+        clip_guidance=None
+        if engine.clip_guidance is None
+        else engine_pb2.ClipGuidanceSupport(
+            presets=[engine_pb2.ClipGuidancePreset(**preset.model_dump()) for preset in engine.clip_guidance.presets],
+            exact="unet_gradient" in engine.optional_roles,
+        ),
     )
 
 

@@ -1,0 +1,41 @@
+"""`python -m sdmodels.conversion '<options as JSON>'`: events, one JSON object a line, on standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+
+def main(arguments: list[str]) -> int:
+    """The last line is `done` with the facts, or `error` with a message and problems; returns the exit status."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # diffusers and open_clip import it where they find it. Nothing here needs it, and it takes a second to import.
+    sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from sdmodels.conversion.convert import convert, options_of
+    from sdmodels.conversion.errors import ConversionError
+
+    try:
+        facts = convert(options_of(json.loads(arguments[0])), _say)
+    except ConversionError as error:
+        _say({"event": "error", "message": error.message, "problems": list(error.problems)})
+        return 1
+    except BrokenPipeError:
+        # Who listened is gone; what is finished stays.
+        return 1
+    except OSError as error:
+        _say({"event": "error", "message": f"a file cannot be read or written: {error}", "problems": []})
+        return 1
+    _say({"event": "done", **facts})
+    return 0
+
+
+def _say(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""UNet and VAE of a checkpoint as diffusers' modules have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from sdmodels.conversion.errors import ConversionError
+from sdmodels.conversion.tensors import shape_problems, shapes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sdmodels.conversion.clip import Clip, Family
+    from sdmodels.conversion.tensors import Tensors
+
+# UNets with other inputs than latents, timestep and text: by what the server would have to give them.
+OTHER_INPUTS = {5: "a depth map", 7: "a small image to enlarge", 8: "an image to edit", 9: "a mask and a masked image"}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A module's configuration and its tensors under diffusers' names."""
+
+    config: dict[str, Any]
+    tensors: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that an engine needs of a checkpoint. `noise_schedule` has the names of an engine's descriptor."""
+
+    family: Family
+    unet: Component
+    vae: Component
+    clip: Clip
+    prediction_type: str
+    noise_schedule: dict[str, Any]
+    padding: str
+    """What fills a chunk of tokens up: `zero` for token 0, `end` for the end token."""
+    license: str
+    """The licence that its model card names, as the hub calls it, or nothing."""
+    source_files: tuple[Path, ...]
+    """The files that it was read from."""
+    ignored: tuple[str, ...] = ()
+    """What the source has beside them and an engine has no use for."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a place of the latents, in each direction."""
+        return _halved(len(self.vae.config["block_out_channels"]))
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height of an image, in pixels, are multiples of this."""
+        return self.downsampling * _halved(len(self.unet.config["block_out_channels"]))
+
+    @property
+    def native_size(self) -> int:
+        """Width and height, in pixels, that the UNet was trained on."""
+        size: int = self.unet.config["sample_size"] * self.downsampling
+        return size
+
+
+def completed(module_class: type[UNet2DConditionModel | AutoencoderKL], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with all that it leaves to the module's own defaults, without traces of where it comes from."""
+    with torch.device("meta"):
+        module = module_class.from_config(dict(config))
+    kept = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return {"_class_name": module_class.__name__, **kept}
+
+
+def component_problems(unet: Component, vae: Component) -> list[str]:
+    """Names and shapes of tensors that are not those of the modules, and inputs that no server of ours would give."""
+    channels = unet.config["in_channels"]
+    if channels != vae.config["latent_channels"]:
+        what = OTHER_INPUTS.get(channels, "more than latents")
+        raise ConversionError(
+            f"the UNet takes {channels} channels: it wants {what}, and this service does not serve such engines yet"
+        )
+    if not isinstance(unet.config.get("sample_size"), int):
+        raise ConversionError("the UNet's config.json has no sample_size: the native size cannot be known")
+    with torch.device("meta"):
+        modules = (
+            ("unet", unet, UNet2DConditionModel.from_config(unet.config)),
+            ("vae", vae, AutoencoderKL.from_config(vae.config)),
+        )
+    return [
+        problem
+        for name, component, module in modules
+        for problem in shape_problems(name, component.tensors, shapes_of(module))
+    ]
+
+
+def _halved(levels: int) -> int:
+    return int(2 ** (levels - 1))

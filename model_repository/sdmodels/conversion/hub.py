@@ -1,0 +1,74 @@
+"""Checkpoints of a model hub, through huggingface_hub, which keeps and resumes what it has fetched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdmodels.conversion.diffusers_folder import COMPONENTS, CONFIGURATIONS, OPTIONAL_FILES, weights_names
+from sdmodels.conversion.errors import ConversionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A checkpoint from the hub: where it lies, of which commit it is, and the SHA-256 that its files must have."""
+
+    path: Path
+    revision: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def fetch(repository: str, revision: str, file: str, dtype: str, report: Callable[[str, int, int], None]) -> Fetched:
+    """Downloads the files of a repository that an engine is made from, and nothing else. Raises ConversionError.
+
+    `revision` is a branch, tag or commit; what it means now is asked once, so that all files are of one commit. The
+    digests are those that the hub's index states. `report` gets a file, its number and how many there are.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    except ImportError as error:
+        raise ConversionError("fetching from a hub needs huggingface_hub: pip install 'sd-service[models]'") from error
+    # Its own error derives from OSError and from that of its HTTP library, which changes with its versions.
+    http_errors: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision or None, files_metadata=True)
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        names = [file] if file else _wanted(repository, list(siblings), dtype)
+        if missing := [name for name in names if name not in siblings]:
+            raise ConversionError(f"{repository} has no {missing[0]}; it has {', '.join(sorted(siblings)[:20])}")
+        paths = {}
+        for number, name in enumerate(names):
+            report(name, number, len(names))
+            paths[name] = huggingface_hub.hf_hub_download(repository, name, revision=info.sha)
+    except RepositoryNotFoundError as error:
+        raise ConversionError(
+            f"the hub has no {repository}, or wants a login for it: set HF_TOKEN, or name a mirror of it"
+        ) from error
+    except http_errors as error:
+        raise ConversionError(
+            f"{repository} cannot be fetched ({error}): run the command again, which goes on where it stopped, or "
+            "download the files by other means and name their path"
+        ) from error
+    digests = {name: lfs.sha256 for name in names if (lfs := siblings[name].lfs) is not None}
+    first = Path(paths[names[0]])
+    # A repository of several files keeps its folders: the first is model_index.json, at the top.
+    return Fetched(first if file else first.parent, info.sha or "", digests)
+
+
+def _wanted(repository: str, names: Sequence[str], dtype: str) -> list[str]:
+    if "model_index.json" not in names:
+        files: Any = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
+        raise ConversionError(f"{repository} is no folder of diffusers: choose a checkpoint with --file", files)
+    wanted = [name for name in (*CONFIGURATIONS, *OPTIONAL_FILES) if name in names]
+    for component in COMPONENTS:
+        inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+        wanted += [f"{component}/{name}" for name in weights_names(inside, component, dtype)]
+    return wanted

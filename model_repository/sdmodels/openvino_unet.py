@@ -1,0 +1,152 @@
+"""The denoising network compiled by OpenVINO: on a CPU it takes about 0.6 of torch's time, and a row's prediction does
+not depend on the rows beside it, bit for bit.
+
+The network is converted once, by torch, and kept below the engine's folder; from then on torch is not even imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdmodels.errors import InvalidInput
+
+# OpenVINO tells its makers that it was imported, where it finds this package.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from numpy.typing import NDArray
+
+# Part of a conversion's name, so that it is made again when this code makes another.
+CONVERSION = 1
+FOLDER = "openvino"
+
+# Ours -> OpenVINO's.
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoUNet:
+    """As `sdmodels.unet.UNet`, for CPUs: float32, or bfloat16 where `precision` is "bf16" and the CPU computes in it.
+
+    `threads` CPU threads answer a call. The first start on a machine converts the network, which takes 10 s for a tiny
+    one and minutes for that of SD 2.1; where the engine's folder cannot be written, every start does.
+    """
+
+    def __init__(self, engine_folder: Path, threads: int, precision: str = "fp32") -> None:
+        core = openvino.Core()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError("this CPU does not compute in bf16; set the model's parameter `precision` to fp32")
+        with tempfile.TemporaryDirectory() as elsewhere:
+            model = core.read_model(_converted(engine_folder, Path(elsewhere)))
+            options = {
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            }
+            # Reads the weights' file, which may then go.
+            self._request = core.compile_model(model, "CPU", options).create_infer_request()
+        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+        self._frequencies = _frequencies(config)
+        self._flip: bool = config.get("flip_sin_to_cos", True)
+
+    def __call__(
+        self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, T, D].
+
+        As `sdmodels.unet.UNet.__call__`. Raises `InvalidInput` where the numbers of rows disagree.
+        """
+        if not len(latents) == len(timesteps) == len(text_states):
+            raise InvalidInput(
+                f"a row is one latent, one timestep and one text: "
+                f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
+            )
+        # Computed here, because bfloat16 has no digits for timesteps of several hundred.
+        angles = timesteps[:, None].astype(np.float32) * self._frequencies
+        halves = (np.cos(angles), np.sin(angles)) if self._flip else (np.sin(angles), np.cos(angles))
+        result = self._request.infer([latents, np.concatenate(halves, axis=1), text_states])
+        # The request's own memory is written again by the next call.
+        prediction: NDArray[np.float32] = np.array(result[0])
+        return prediction
+
+
+def _frequencies(config: dict[str, object]) -> NDArray[np.float32]:
+    """[C / 2] of the timestep's sinusoid, as diffusers' get_timestep_embedding with its maximum period of 10,000."""
+    channels = config["block_out_channels"]
+    assert isinstance(channels, list)
+    half, shift = channels[0] // 2, float(str(config.get("freq_shift", 0)))
+    exponents = -math.log(10_000) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    frequencies: NDArray[np.float32] = np.exp(exponents).astype(np.float32)
+    return frequencies
+
+
+def _converted(engine_folder: Path, elsewhere: Path) -> Path:
+    """The network in OpenVINO's format: that of an earlier start, or a new one, kept if the folder can be written."""
+    folder = engine_folder / FOLDER / f"unet-{_key(engine_folder)}"
+    if not folder.exists():
+        made = elsewhere / "unet"
+        made.mkdir()
+        _convert(engine_folder, made)
+        try:
+            folder.parent.mkdir(exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
+        except OSError:
+            return made / "unet.xml"
+        try:
+            shutil.copytree(made, beside / "unet")
+            # All at once: no other process sees half of it. Another may have been faster.
+            if not folder.exists():
+                (beside / "unet").rename(folder)
+        finally:
+            shutil.rmtree(beside)
+    return folder / "unet.xml"
+
+
+def _key(engine_folder: Path) -> str:
+    """Changes with the weights, OpenVINO and this code."""
+    weights = json.loads((engine_folder / "engine.json").read_text(encoding="utf-8"))["weights"]
+    parts = {name: digest for name, digest in weights.items() if name.startswith("unet/")}
+    return hashlib.sha256(json.dumps([parts, openvino.get_version(), CONVERSION]).encode()).hexdigest()[:16]
+
+
+def _convert(engine_folder: Path, target: Path) -> None:
+    import torch
+
+    from sdmodels.unet import UNet
+
+    class WithSinusoid(torch.nn.Module):
+        """The network with the timestep's sinusoid [B, C] in the timestep's place."""
+
+        def __init__(self, unet: UNet2DConditionModel) -> None:
+            super().__init__()
+            self.unet = unet
+            unet.get_time_embed = lambda sample, timestep: timestep
+
+        def forward(self, latents: torch.Tensor, sinusoid: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+            prediction: torch.Tensor = self.unet(latents, sinusoid, text_states, return_dict=False)[0]
+            return prediction
+
+    unet = UNet(engine_folder).module
+    channels, width = unet.config.block_out_channels[0], unet.config.cross_attention_dim
+    examples = torch.zeros(2, unet.config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)
+    with warnings.catch_warnings():
+        # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(WithSinusoid(unet), example_input=examples)
+    model.reshape({0: [-1, unet.config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]})
+    # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
+    openvino.save_model(model, target / "unet.xml", compress_to_fp16=False)

@@ -1,0 +1,53 @@
+"""Gradients through the denoising network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sdmodels.unet import UNet
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+class UNetGradient:
+    """From the gradient of a loss by the UNet's prediction to that by its latents: the vector-Jacobian product."""
+
+    def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
+        self._unet = UNet(engine_folder, device).module
+        self._device = device
+
+    def __call__(
+        self,
+        latents: NDArray[np.float32],
+        timesteps: NDArray[np.float32],
+        text_states: NDArray[np.float32],
+        gradients: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """[B, 4, h, w] gradients by `latents` from those by the prediction, `gradients`; both [B, 4, h, w].
+
+        The other arguments are those of `UNet`. Rows are computed one by one: a row depends on itself alone, and memory
+        does not grow with the batch.
+        """
+        return np.stack([self._row(*row) for row in zip(latents, timesteps, text_states, gradients, strict=True)])
+
+    def _row(
+        self,
+        latents: NDArray[np.float32],
+        timestep: np.float32,
+        text_states: NDArray[np.float32],
+        gradient: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        x, t, c, g = (
+            torch.tensor(np.asarray(value)[None], device=self._device)
+            for value in (latents, timestep, text_states, gradient)
+        )
+        x.requires_grad_()
+        prediction = self._unet(x, t, c, return_dict=False)[0]
+        result: NDArray[np.float32] = torch.autograd.grad(prediction, x, g)[0][0].cpu().numpy()
+        return result

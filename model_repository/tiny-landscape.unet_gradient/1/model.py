@@ -1,0 +1,3 @@
+"""Gradients through the denoising network."""
+
+from sdmodels.python_backend import UNetGradientModel as TritonPythonModel  # noqa: F401

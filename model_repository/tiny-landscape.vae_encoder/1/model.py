@@ -1,0 +1,3 @@
+"""Pixels to latents."""
+
+from sdmodels.python_backend import VaeEncoderModel as TritonPythonModel  # noqa: F401

@@ -1,0 +1,234 @@
+"""`sdserver engine add | list | remove | verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sdserver.conversion import ConversionFailed, convert
+from sdserver.engine_families import KNOWN
+from sdserver.engine_store import EngineStore, engine_id_of
+from sdserver.engines import Engine, EngineError
+from sdserver.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+MIRROR = "SDSERVER_ENGINE_MIRROR"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command; returns the exit status. Reports go to standard output, progress to standard error."""
+    options = _parser().parse_args(arguments)
+    store = EngineStore(options.model_repository or Settings().model_repository)
+    try:
+        status: int = options.run(store, options)
+    except ConversionFailed as error:
+        if options.json:
+            print(json.dumps({"error": error.message, "problems": error.problems}))
+        print(f"sdserver engine: {error}", file=sys.stderr)
+        return 1
+    except (EngineError, OSError) as error:
+        print(f"sdserver engine: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sdserver engine: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return status
+
+
+def _add(store: EngineStore, options: argparse.Namespace) -> int:
+    source, title = options.source, options.title or ""
+    conversion = {
+        name: value
+        for name in ("dtype", "prediction_type", "clip", "sha256", "file", "revision")
+        if (value := getattr(options, name)) is not None
+    }
+    engine_id = options.name
+    # A folder or file of that name comes first: it is what the user sees.
+    if not Path(source).exists() and (known := KNOWN.get(source)):
+        pinned = {"file": known.file, "sha256": known.sha256, "prediction_type": known.prediction_type}
+        conversion = {**pinned, **conversion}
+        source = options.mirror or os.environ.get(MIRROR) or known.repository
+        engine_id, title = engine_id or known.engine_id, title or known.title
+    engine_id = engine_id or engine_id_of(source)
+    if engine_id_of(engine_id) != engine_id:
+        raise EngineError(
+            f"--name {engine_id!r} is not possible: a to z, 0 to 9 and hyphens, such as {engine_id_of(engine_id)}"
+        )
+    before = store.find(engine_id)
+    if before is not None:
+        conversion["existing_plan"] = before.source.plan if before.source else ""
+        conversion["existing_files"] = before.weights
+    written: list[str] = []
+
+    with _bar() as (advance, say):
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "progress":
+                advance(f"{event['stage']} {event['file']}", event["done"], event["total"])
+            elif event["action"] == "written":
+                written.append(f"engines/{engine_id}/{event['file']}")
+                say(f"{event['action']} {event['file']} {event['sha256'][:12]}")
+
+        facts = convert({"source": source, "into": str(store.folder(engine_id)), **conversion}, on_event)
+    report = store.complete(engine_id, title, options.license or "", facts)
+    written += report.written
+    engine = report.engine
+    if options.json:
+        print(json.dumps({**_summary(store, engine), "written": written, "ignored": report.ignored}, indent=2))
+        return 0
+    if not written:
+        print(f"{engine_id} is there already, and whole")
+        return 0
+    print(f"{engine_id}: {engine.description}")
+    print(f"  {engine.prediction_type}, {_megabytes(store.size(engine))} in {facts['source']['dtype']}")
+    print(f"  licence: {engine.license.name} {engine.license.url}")
+    if engine.license.use_restrictions:
+        print(f"  {engine.license.use_restrictions}")
+    print(f"  models: {', '.join(engine.models)}")
+    if engine.clip_guidance is None:
+        print("  no CLIP guidance: --clip FOLDER adds open_clip's image tower of the same text encoder")
+    if report.ignored:
+        print(f"  not used: {', '.join(report.ignored)}")
+    return 0
+
+
+def _list(store: EngineStore, options: argparse.Namespace) -> int:
+    engines = store.engines()
+    if options.json:
+        print(json.dumps([_summary(store, engine) for engine in engines], indent=2))
+        return 0
+    table = Table("engine", "native size", "predicts", "size", "licence", "roles", box=None)
+    for engine in engines:
+        table.add_row(
+            engine.id,
+            f"{engine.native_width} x {engine.native_height}",
+            engine.prediction_type,
+            _megabytes(store.size(engine)),
+            engine.license.name,
+            " ".join(engine.roles),
+        )
+    Console().print(table)
+    for engine_id in store.unfinished():
+        print(f"{engine_id} is unfinished: add it again, or remove it")
+    return 0
+
+
+def _remove(store: EngineStore, options: argparse.Namespace) -> int:
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise EngineError(f"removing {options.engine} deletes its files: say --yes")
+        if input(f"Delete the engine {options.engine} and its files? [y/N] ").strip().lower() not in ("y", "yes"):
+            return 1
+    store.remove(options.engine)
+    print(json.dumps({"removed": options.engine}) if options.json else f"{options.engine} is removed")
+    return 0
+
+
+def _verify(store: EngineStore, options: argparse.Namespace) -> int:
+    engines = [engine for engine in store.engines() if options.engine in (None, engine.id)]
+    if not engines:
+        raise EngineError(f"there is no engine {options.engine!r}; sdserver engine list shows them")
+    total = sum(store.size(engine) for engine in engines)
+    done = 0
+    problems: dict[str, list[str]] = {}
+    with _bar() as (advance, _):
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(f"reading {engine.id}", done, total)
+
+        for engine in engines:
+            problems[engine.id] = store.problems(engine, on_bytes)
+    if options.json:
+        print(json.dumps(problems, indent=2))
+    else:
+        for engine_id, found in problems.items():
+            print("\n  ".join([f"{engine_id}: {'whole' if not found else 'damaged'}", *found]))
+    if any(problems.values()):
+        print("sdserver engine: the same `engine add` as before repairs an engine", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _summary(store: EngineStore, engine: Engine) -> dict[str, Any]:
+    return {
+        "id": engine.id,
+        "name": engine.name,
+        "digest": engine.digest,
+        "bytes": store.size(engine),
+        "prediction_type": engine.prediction_type,
+        "native_width": engine.native_width,
+        "native_height": engine.native_height,
+        "models": engine.models,
+        "license": engine.license.model_dump(),
+        "source": engine.source.model_dump() if engine.source else None,
+        "weights": engine.weights,
+    }
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[str, float, float], None], Callable[[str], None]]]:
+    """A progress bar on a terminal, elsewhere only lines. Yields how to move it, and how to say a line above it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=False), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+        yield (
+            lambda text, done, total: progress.update(task, description=text, completed=done, total=total),
+            lambda line: console.print(line, highlight=False),
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="report as JSON")
+    common.add_argument("--model-repository", type=Path, help="folder with the engines; SDSERVER_MODEL_REPOSITORY")
+    parser = argparse.ArgumentParser(prog="sdserver engine", description="The engines of a model repository.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("add", parents=[common], help="make an engine from a checkpoint")
+    add.add_argument(
+        "source",
+        metavar="PATH_OR_REPO",
+        help=f"diffusers folder, original file, repository of the hub, or {', '.join(KNOWN)}",
+    )
+    add.add_argument("--name", help="the engine's id; default: after the source")
+    add.add_argument("--title", help="the engine's name for people")
+    add.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="what the weights are stored as")
+    add.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="where the source does not say it")
+    add.add_argument("--clip", metavar="FOLDER", help="open_clip's files of the whole CLIP, for CLIP guidance")
+    add.add_argument("--license", help="its name or SPDX id; default: the model card's or the family's")
+    add.add_argument("--sha256", help="refuse a file of another digest")
+    add.add_argument("--file", help="the one file to take of a repository")
+    add.add_argument("--revision", help="branch, tag or commit of a repository")
+    add.add_argument("--mirror", metavar="REPO", help=f"who hands out a pinned checkpoint; {MIRROR}")
+    add.set_defaults(run=_add)
+
+    listing = commands.add_parser("list", parents=[common], help="show the engines")
+    listing.set_defaults(run=_list)
+
+    remove = commands.add_parser("remove", parents=[common], help="delete an engine and its Triton models")
+    remove.add_argument("engine")
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+    remove.set_defaults(run=_remove)
+
+    verify = commands.add_parser("verify", parents=[common], help="compare the files with the descriptors' digests")
+    verify.add_argument("engine", nargs="?")
+    verify.set_defaults(run=_verify)
+    return parser

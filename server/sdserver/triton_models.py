@@ -1,0 +1,126 @@
+"""The Triton models of an engine: for each role a folder `<engine>.<role>` with `config.pbtxt` and `1/model.py`.
+
+They are thin: the model code is `sdmodels.python_backend`, and `config.pbtxt` says which engine it reads and what goes
+in and out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdserver.engines import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Role:
+    purpose: str
+    python_class: str
+    inputs: tuple[tuple[str, str, str], ...]
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states} and {features} stand for an
+    engine's numbers."""
+    outputs: tuple[tuple[str, str, str], ...]
+
+
+_LATENTS = "{channels}, -1, -1"
+_UNET_INPUTS = (
+    ("latents", "FP32", _LATENTS),
+    ("timestep", "FP32", "1"),
+    ("text_states", "FP32", "-1, {states}"),
+)
+_ROLES = {
+    "text_encoder": _Role(
+        "Texts to text states.",
+        "TextEncoderModel",
+        (("text", "STRING", "1"), ("emphasis_range", "INT32", "-1, 2"), ("emphasis_factor", "FP32", "-1")),
+        (
+            ("text_states", "FP32", "-1, {states}"),
+            ("token_count", "INT32", "1"),
+            ("chunk_count", "INT32", "1"),
+            ("text_features", "FP32", "{features}"),
+        ),
+    ),
+    "unet": _Role("One denoising step's prediction.", "UNetModel", _UNET_INPUTS, (("prediction", "FP32", _LATENTS),)),
+    "vae_decoder": _Role(
+        "Latents to pixels.",
+        "VaeDecoderModel",
+        (("latents", "FP32", _LATENTS),),
+        (("image", "UINT8", "-1, -1, 3"),),
+    ),
+    "vae_encoder": _Role(
+        "Pixels to latents.",
+        "VaeEncoderModel",
+        (("image", "UINT8", "-1, -1, 3"),),
+        (("latents", "FP32", _LATENTS),),
+    ),
+    "clip_guidance": _Role(
+        "How to change latents so that CLIP sees more of a text in them.",
+        "ClipGuidanceModel",
+        (
+            ("latents", "FP32", _LATENTS),
+            ("target", "FP32", "{features}"),
+            ("seed", "INT64", "1"),
+            ("cutouts", "INT32", "1"),
+        ),
+        (("gradient", "FP32", _LATENTS), ("similarity", "FP32", "1")),
+    ),
+    "unet_gradient": _Role(
+        "Gradients through the denoising network.",
+        "UNetGradientModel",
+        (*_UNET_INPUTS, ("gradient", "FP32", _LATENTS)),
+        (("latent_gradient", "FP32", _LATENTS),),
+    ),
+}
+
+
+def model_files(engine: Engine, features: int | None) -> dict[str, str]:
+    """The files of all models of an engine, by their path in the model repository.
+
+    `features` is the width of the space that CLIP's two towers share; None: the engine has no image tower.
+    """
+    return {
+        f"{engine.model(role)}/{name}": text
+        for role in engine.roles
+        for name, text in (
+            ("config.pbtxt", _configuration(engine, role, features)),
+            ("1/model.py", _model(_ROLES[role])),
+        )
+    }
+
+
+def _configuration(engine: Engine, role: str, features: int | None) -> str:
+    numbers = {"channels": engine.latents.channels, "states": engine.text_encoder.width, "features": features}
+    # A text encoder call is one text, because texts differ in length.
+    batch = 1 if role == "text_encoder" else engine.max_batch_rows
+    described = _ROLES[role]
+    outputs = [output for output in described.outputs if features is not None or output[0] != "text_features"]
+    lines = [
+        'backend: "python"',
+        f"max_batch_size: {batch}",
+        *_tensors("input", described.inputs, numbers),
+        *_tensors("output", outputs, numbers),
+        "instance_group [ { kind: KIND_CPU } ]",
+        f'parameters {{ key: "engine" value: {{ string_value: "engines/{engine.id}" }} }}',
+    ]
+    if role == "unet":
+        lines += [
+            "# Rows of several servers' calls that wait here run together; a call alone waits for none.",
+            "dynamic_batching { }",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(
+    kind: str, tensors: list[tuple[str, str, str]] | tuple[tuple[str, str, str], ...], numbers: dict[str, int | None]
+) -> list[str]:
+    rows = [
+        f'  {{ name: "{name}" data_type: TYPE_{dtype} dims: [ {dims.format(**numbers)} ] }}'
+        for name, dtype, dims in tensors
+    ]
+    return [f"{kind} [", ",\n".join(rows), "]"]
+
+
+def _model(role: _Role) -> str:
+    imported = f"from sdmodels.python_backend import {role.python_class} as TritonPythonModel  # noqa: F401"
+    return f'"""{role.purpose}"""\n\n{imported}\n'

@@ -1,0 +1,129 @@
+"""The UNet as OpenVINO runs it: the same numbers as torch, whatever the company, and converted once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
+from sdmodels.errors import InvalidInput
+from sdmodels.openvino_unet import OpenVinoUNet
+from sdmodels.runtimes import default_runtime, load_unet
+from sdmodels.unet import UNet
+
+Floats = NDArray[np.float32]
+
+SHIPPED = Path(__file__).parents[1] / "model_repository/engines/tiny-landscape"
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with the smallest UNet of SD 2.1's kind, random weights, converted."""
+    folder = tmp_path_factory.mktemp("engine")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 2),
+        cross_attention_dim=WIDTH,
+        use_linear_projection=True,
+    )
+    unet.save_pretrained(folder / "unet")
+    (folder / "engine.json").write_text(json.dumps({"weights": {"unet/config.json": "0", "vae/config.json": "1"}}))
+    OpenVinoUNet(folder, 1)
+    return folder
+
+
+def rows(count: int, height: int, width: int, tokens: int, state_width: int) -> tuple[Floats, Floats, Floats]:
+    rng = np.random.default_rng(count)
+    return (
+        rng.standard_normal((count, 4, height, width), np.float32),
+        (rng.random(count, np.float32) * 999),
+        rng.standard_normal((count, tokens, state_width), np.float32),
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "tokens"), [(16, 16, 77), (8, 24, 154)])
+def test_it_predicts_what_torch_predicts(height: int, width: int, tokens: int) -> None:
+    batch = rows(3, height, width, tokens, 128)
+    expected = UNet(SHIPPED)(*batch)
+    assert np.abs(OpenVinoUNet(SHIPPED, 1)(*batch) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_bytes_do_not_depend_on_its_company(threads: int) -> None:
+    unet = OpenVinoUNet(SHIPPED, threads)
+    rng = np.random.default_rng(7)
+    for height, width, tokens in ((16, 16, 77), (8, 24, 77), (16, 16, 154)):
+        latents, timesteps, states = rows(8, height, width, tokens, 128)
+        alone = np.concatenate([unet(latents[i : i + 1], timesteps[i : i + 1], states[i : i + 1]) for i in range(8)])
+        for _ in range(6):
+            some = rng.permutation(8)[: rng.integers(1, 9)]
+            together = unet(latents[some], timesteps[some], states[some])
+            assert together.tobytes() == alone[some].tobytes()
+
+
+def test_an_answer_stays_as_it_is_when_the_next_one_comes(engine_folder: Path) -> None:
+    unet = OpenVinoUNet(engine_folder, 1)
+    latents, timesteps, states = rows(2, 8, 8, 77, WIDTH)
+    first = unet(latents[:1], timesteps[:1], states[:1])
+    kept = first.copy()
+    unet(latents[1:], timesteps[1:], states[1:])
+    assert np.array_equal(first, kept)
+
+
+def test_rows_that_disagree_are_refused(engine_folder: Path) -> None:
+    latents, timesteps, states = rows(2, 8, 8, 77, WIDTH)
+    with pytest.raises(InvalidInput, match="got 2 latents, 1 timesteps and 2 texts"):
+        OpenVinoUNet(engine_folder, 1)(latents, timesteps[:1], states)
+
+
+def test_a_converted_network_is_read_again_without_torch(engine_folder: Path) -> None:
+    made = {path: path.stat().st_mtime_ns for path in (engine_folder / "openvino").rglob("*")}
+    code = (
+        "import sys; from pathlib import Path; from sdmodels.runtimes import load_unet; "
+        f"load_unet(Path({str(engine_folder)!r}), 1, 'openvino'); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {path: path.stat().st_mtime_ns for path in (engine_folder / "openvino").rglob("*")} == made
+
+
+def test_other_weights_are_converted_anew(engine_folder: Path, tmp_path: Path) -> None:
+    for path in ("unet", "openvino"):
+        (tmp_path / path).symlink_to(engine_folder / path)
+    (tmp_path / "engine.json").write_text(json.dumps({"weights": {"unet/config.json": "2"}}))
+    before = set((engine_folder / "openvino").iterdir())
+    OpenVinoUNet(tmp_path, 1)
+    assert len(set((engine_folder / "openvino").iterdir()) - before) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(engine_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "unet").symlink_to(engine_folder / "unet")
+    (tmp_path / "engine.json").write_text((engine_folder / "engine.json").read_text())
+    # As root may write everywhere, a file stands where the folder would be.
+    (tmp_path / "openvino").write_text("")
+    latents, timesteps, states = rows(1, 8, 8, 77, WIDTH)
+    answer = OpenVinoUNet(tmp_path, 1)(latents, timesteps, states)
+    assert np.array_equal(answer, OpenVinoUNet(engine_folder, 1)(latents, timesteps, states))
+
+
+def test_the_choice_of_a_runtime(engine_folder: Path) -> None:
+    assert default_runtime() == "openvino"
+    assert isinstance(load_unet(engine_folder, 1), OpenVinoUNet)
+    assert isinstance(load_unet(engine_folder, 1, "torch"), UNet)
+    with pytest.raises(ValueError, match="runtime is 'onnx'; it must be one of openvino, torch"):
+        load_unet(engine_folder, 1, "onnx")
+    with pytest.raises(ValueError, match="precision is 'int8'; it must be one of fp32, bf16"):
+        load_unet(engine_folder, 1, "openvino", "int8")
+    with pytest.raises(ValueError, match="with torch it must be fp32"):
+        load_unet(engine_folder, 1, "torch", "bf16")
