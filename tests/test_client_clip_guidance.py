@@ -70,17 +70,17 @@ def test_an_engine_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> No
     engine = engine_pb2.Engine()
     engine.CopyFrom(ENGINE)
     presets = [
-        engine_pb2.ClipGuidancePreset(name="soft", scale=0.3, cutouts=0, start=0, end=0.6),
-        engine_pb2.ClipGuidancePreset(name="hard", scale=2, cutouts=8, start=0.1, end=1),
+        engine_pb2.ClipGuidancePreset(name="soft", scale=0.3, cutouts=0, start=0, end=0.6, steps_per_gradient=2),
+        engine_pb2.ClipGuidancePreset(name="hard", scale=2, cutouts=8, start=0.1, end=1, steps_per_gradient=1),
     ]
     engine.clip_guidance.CopyFrom(engine_pb2.ClipGuidanceSupport(presets=presets, exact=True))
     listed, without = to_engines(generation_pb2.ListEnginesResponse(engines=[engine, ENGINE]))
     assert listed.clip_guidance == ClipGuidanceSupport(
-        (ClipGuidancePreset("soft", 0.3, 0, 0.0, 0.6), ClipGuidancePreset("hard", 2.0, 8, 0.1, 1.0)), exact=True
+        (ClipGuidancePreset("soft", 0.3, 0, 0.0, 0.6, 2), ClipGuidancePreset("hard", 2.0, 8, 0.1, 1.0, 1)), exact=True
     )
     assert without.clip_guidance is None
     with serving() as service:
         service.engines = [engine]
         assert main(["engines", "--server", service.target]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "soft: scale 0.3, cutouts 0, steps 0% to 60%" in shown
+    assert "soft: scale 0.3, cutouts 0, steps 0% to 60%, a gradient serves 2" in shown

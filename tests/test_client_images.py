@@ -64,6 +64,9 @@ def test_a_notebook_shows_png_and_jpeg() -> None:
 
 
 def test_the_repr_of_a_picture_has_no_bytes() -> None:
-    assert repr(an_image()) == "Image(media_type='image/png', width=6, height=4, index=0, seed=0, signed=False, safety=None)"
+    assert (
+        repr(an_image())
+        == "Image(media_type='image/png', width=6, height=4, index=0, seed=0, signed=False, safety=None)"
+    )
     preview = Preview(data=b"bytes", media_type="image/webp", width=6, height=4, index=0, step=5)
     assert "bytes" not in repr(preview)

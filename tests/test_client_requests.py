@@ -53,7 +53,9 @@ EVERYTHING: GenerateOptions = {
     "guidance_scale": 7.1,
     "guidance_interval": GuidanceInterval(0.1, 0.9),
     "blending": "composable",
-    "clip_guidance": ClipGuidance(scale=0.5, cutouts=8, start=0.1, end=0.7, prompt="a boat", preset="strong", exact=True),
+    "clip_guidance": ClipGuidance(
+        scale=0.5, cutouts=8, start=0.1, end=0.7, prompt="a boat", preset="strong", steps_per_gradient=3, exact=True
+    ),
     "init_image": InitImage(b"image", strength=0.6, fit="contain", sha256="0a" * 32),
     "mask": Mask(b"mask", feather=2.5, sha256="0b" * 32),
     "outpaint": Outpaint(left=64, bottom=8),

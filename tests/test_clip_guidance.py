@@ -64,7 +64,8 @@ async def wide_stub(settings: ServeSettings) -> AsyncIterator[GenerationServiceA
 
 
 def guided(scale: float = 0.5, **fields: Any) -> generation_pb2.ClipGuidance:
-    return generation_pb2.ClipGuidance(**{"scale": scale, "prompt": SEEN, "start": 0.0, "end": 1.0, **fields})
+    options = {"scale": scale, "prompt": SEEN, "start": 0.0, "end": 1.0, "steps_per_gradient": 1, **fields}
+    return generation_pb2.ClipGuidance(**options)
 
 
 async def made(
@@ -123,6 +124,19 @@ async def test_it_acts_in_its_share_of_the_steps(
     assert usage.clip_gradients == steps
 
 
+@pytest.mark.parametrize(("serves", "gradients"), [(1, 19), (2, 5), (3, 4), (16, 1)])
+async def test_a_gradient_serves_the_steps_that_are_asked_for(
+    stub: GenerationServiceAsyncStub, serves: int, gradients: int
+) -> None:
+    # Heun evaluates the UNet twice in each of its 10 steps, but for the last.
+    options = {"sampler": "SAMPLER_HEUN", "clip_guidance": guided(steps_per_gradient=serves)}
+    (image,), usage, resolved = await made(stub, **options)
+    assert usage.clip_gradients == gradients
+    assert resolved.clip_guidance.steps_per_gradient == serves
+    (plain,), _, _ = await made(stub, sampler="SAMPLER_HEUN")
+    assert distance(image) < distance(plain)
+
+
 async def test_the_same_request_gives_the_same_bytes(stub: GenerationServiceAsyncStub, backend: FakeBackend) -> None:
     fields = {"clip_guidance": guided(), "request_id": "same", "sampler": "SAMPLER_EULER_ANCESTRAL"}
     (first,), _, _ = await made(stub, **fields)
@@ -157,7 +171,7 @@ async def test_the_resolved_request_has_all_numbers_and_gives_the_same_image(
     (image,), _, resolved = await made(stub, clip_guidance=generation_pb2.ClipGuidance(cutouts=0))
     assert catalog.default.clip_guidance is not None
     default = catalog.default.clip_guidance.presets[0]
-    expected = generation_pb2.ClipGuidance(scale=default.scale, cutouts=0, start=default.start, end=default.end)
+    expected = generation_pb2.ClipGuidance(**{**default.model_dump(exclude={"name"}), "cutouts": 0})
     assert resolved.clip_guidance == expected
     events = await events_of(stub, resolved)
     assert images_of(events)[0].data == image.data
@@ -169,14 +183,16 @@ async def test_each_preset_of_the_engine_resolves_to_its_published_numbers(stub:
     assert engine.clip_guidance.presets
     for preset in engine.clip_guidance.presets:
         _, _, resolved = await made(stub, steps=2, clip_guidance=generation_pb2.ClipGuidance(preset=preset.name))
-        for name in ("scale", "cutouts", "start", "end"):
+        for name in ("scale", "cutouts", "start", "end", "steps_per_gradient"):
             assert getattr(resolved.clip_guidance, name) == getattr(preset, name)
 
 
 async def test_everything_wrong_is_said_at_once(stub: GenerationServiceAsyncStub, backend: FakeBackend) -> None:
-    wrong = generation_pb2.ClipGuidance(scale=11, cutouts=65, start=-0.1, end=float("nan"), preset="nope")
+    wrong = generation_pb2.ClipGuidance(
+        scale=11, cutouts=65, start=-0.1, end=float("nan"), preset="nope", steps_per_gradient=0
+    )
     violations = violations_of(await failure_of(stub, a_request(width=1, clip_guidance=wrong)))
-    names = ("scale", "cutouts", "start", "end", "preset")
+    names = ("scale", "cutouts", "start", "end", "preset", "steps_per_gradient")
     assert violations.keys() == {"width", *(f"clip_guidance.{name}" for name in names)}
     assert "standard" in violations["clip_guidance.preset"]
     assert backend.calls == 0
@@ -188,6 +204,7 @@ async def test_everything_wrong_is_said_at_once(stub: GenerationServiceAsyncStub
         ({"start": 0.5, "end": 0.5}, "clip_guidance.end"),
         ({"prompt": "x" * 10_001}, "clip_guidance.prompt"),
         ({"cutouts": -1}, "clip_guidance.cutouts"),
+        ({"steps_per_gradient": 17}, "clip_guidance.steps_per_gradient"),
     ],
 )
 async def test_what_makes_no_sense_is_refused(

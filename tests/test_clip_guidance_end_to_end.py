@@ -145,8 +145,11 @@ async def test_the_exact_mode_makes_its_own_picture_with_windows_too(client: Asy
 
 def test_the_presets_of_the_document_are_those_of_the_engine(catalog: Catalog) -> None:
     assert catalog.default.clip_guidance is not None
-    rows = re.findall(r"^\| ([a-z]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", document(), re.MULTILINE)
-    presets = [(p.name, p.scale, p.cutouts, p.start, p.end) for p in catalog.default.clip_guidance.presets]
+    rows = re.findall(r"^\| ([a-z]+) " + r"\| ([\d.]+) " * 5 + r"\|$", document(), re.MULTILINE)
+    presets = [
+        (p.name, p.scale, p.cutouts, p.start, p.end, p.steps_per_gradient)
+        for p in catalog.default.clip_guidance.presets
+    ]
     assert [(name, *map(float, numbers)) for name, *numbers in rows] == presets
 
 

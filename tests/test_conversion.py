@@ -17,6 +17,7 @@ from checkpoints import Model, original_unet, original_vae
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from sdmodels.conversion.convert import Options, convert
+from sdmodels.conversion.diffusers_folder import weights_names
 from sdmodels.conversion.errors import ConversionError
 from sdmodels.conversion.original import unet_configuration, vae_configuration
 from sdmodels.conversion.tensors import LazyTensor
@@ -317,6 +318,33 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     assert store.engines() == []
 
 
+@pytest.mark.parametrize(
+    ("names", "dtype", "chosen"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], "fp16", ["model.safetensors"]),
+        (["model.safetensors", "model.fp16.safetensors"], "fp16", ["model.fp16.safetensors"]),
+        (["model.safetensors", "model.fp16.safetensors"], "fp32", ["model.safetensors"]),
+        (["model.fp16.safetensors"], "fp32", ["model.fp16.safetensors"]),
+        (["pytorch_model.bin", "flax_model.msgpack"], "fp16", ["pytorch_model.bin"]),
+        (
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            "bf16",
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors", "model.non_ema.safetensors"],
+            "fp16",
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"],
+        ),
+        (["model.non_ema.safetensors", "openvino_model.bin"], "fp16", []),
+    ],
+)
+def test_safetensors_come_before_pickles_and_the_variant_that_is_wanted_first(
+    names: list[str], dtype: str, chosen: list[str]
+) -> None:
+    assert weights_names(names, "text_encoder", dtype) == chosen
+
+
 def test_pickles_of_plain_tensors_are_read(sources: Path, store: EngineStore, tmp_path: Path) -> None:
     source = ONE.save_diffusers(tmp_path / "bin")
     torch.save(load_file(source / UNET), source / "unet/diffusion_pytorch_model.bin")
@@ -347,10 +375,12 @@ def test_a_tensor_of_an_original_file_is_named_as_the_file_names_it(store: Engin
     changes = {
         "model.diffusion_model.surprise.weight": torch.zeros(2),
         "first_stage_model.surprise": torch.zeros(1),
+        "cond_stage_model.transformer.text_model.surprise": torch.zeros(5),
     }
     with pytest.raises(ConversionError) as caught:
         add(store, ONE.save_original(tmp_path / "extra.safetensors", **changes))
     assert caught.value.problems == (
+        "text encoder: surprise [5] is unexpected",
         "unet: model.diffusion_model.surprise.weight [2] is unexpected",
         "vae: first_stage_model.surprise [1] is unexpected",
     )

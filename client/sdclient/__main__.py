@@ -294,7 +294,8 @@ def _clip_presets(engine: Engine) -> str:
     if engine.clip_guidance is None:
         return "none"
     return "; ".join(
-        f"{preset.name}: scale {preset.scale:g}, cutouts {preset.cutouts}, steps {preset.start:.0%} to {preset.end:.0%}"
+        f"{preset.name}: scale {preset.scale:g}, cutouts {preset.cutouts}, "
+        f"steps {preset.start:.0%} to {preset.end:.0%}, a gradient serves {preset.steps_per_gradient}"
         for preset in engine.clip_guidance.presets
     )
 

@@ -25,6 +25,7 @@ def add_clip_flags(parser: argparse.ArgumentParser) -> None:
     option("--clip-cutouts", type=int, metavar="COUNT", help="random crops that CLIP looks at; 0: the whole image")
     option("--clip-start", type=float, metavar="SHARE", help="share of the steps at which it starts, 0 to 1")
     option("--clip-end", type=float, metavar="SHARE", help="share of the steps at which it ends, 0 to 1")
+    option("--clip-steps-per-gradient", type=int, metavar="COUNT", help="steps that one gradient serves, 1 to 16")
     option("--clip-exact", action="store_true", help="take the gradient through the UNet, too: slower")
 
 
@@ -36,6 +37,7 @@ def clip_guidance(arguments: argparse.Namespace) -> ClipGuidance | None:
         cutouts=arguments.clip_cutouts,
         start=arguments.clip_start,
         end=arguments.clip_end,
+        steps_per_gradient=arguments.clip_steps_per_gradient,
         prompt=arguments.clip_prompt,
         preset=preset,
         exact=arguments.clip_exact,

@@ -102,6 +102,8 @@ class ClipGuidance:
     """What CLIP is asked to see; None: the positive prompts, by weight."""
     preset: str | None = None
     """Name of one of `Engine.clip_guidance.presets`, the values of what is None here; None: the first one."""
+    steps_per_gradient: int | None = None
+    """Steps, 1 to 16, that one gradient serves; 1: each evaluation of the UNet has its own."""
     exact: bool = False
     """Takes the gradient through the UNet, too: about twice the time, and only where `Engine.clip_guidance.exact`."""
 
@@ -319,6 +321,7 @@ class ClipGuidancePreset:
     cutouts: int
     start: float
     end: float
+    steps_per_gradient: int
 
 
 @dataclass(frozen=True, slots=True)

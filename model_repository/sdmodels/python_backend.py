@@ -1,8 +1,8 @@
 """The models of an engine as Triton's Python backend wants them: one class for each role.
 
 A model's `config.pbtxt` has the parameters `engine`, the engine's folder relative to the model repository (of a safety
-model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). The UNet's
-may have `runtime` and `precision`: see `sdmodels.runtimes.load_unet`.
+model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). That of a
+UNet may have `runtime` and `precision`: see `sdmodels.runtimes.load_unet`.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ class ClipGuide:
         self._cutout_seed = cutout_seed
         self.gradients = 0
         """Gradients computed so far."""
+        self._latest: tuple[int, Array] | None = None
 
     def acts_in(self, step: int, steps: int) -> bool:
         """Whether it steers in a step, counted from 1."""
@@ -79,12 +80,19 @@ class ClipGuide:
         position = float(np.float32((step - 1) / steps))
         return options.scale != 0 and options.start <= position < options.end
 
-    async def gradient(self, x0: Array) -> Array:
-        """[C, h, w] gradient of CLIP's loss by the denoised latents [C, h, w], with cutouts of its own each time."""
+    async def gradient(self, step: int, x0: Array) -> Array:
+        """[C, h, w] gradient of CLIP's loss by the denoised latents [C, h, w] of a step, counted from 1.
+
+        Each has cutouts of its own. It changes little from step to step, so that one may serve several.
+        """
+        serves = self.options.steps_per_gradient
+        if serves > 1 and self._latest is not None and step < self._latest[0] + serves:
+            return self._latest[1]
         row = ClipRow(x0, self._target, self._cutout_seed(), self.options.cutouts)
         gradients = await self._gradients.predict([row])
         self.gradients += 1
         gradient: Array = gradients[0]
+        self._latest = step, gradient
         return gradient
 
 

@@ -28,7 +28,8 @@ def convert(options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], Non
     Raises ConversionFailed. Leaving by an exception ends the process; what it has finished stays for the next run.
     """
     command = [sys.executable, "-m", "sdmodels.conversion", json.dumps(dict(options))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    # In a process group of its own: Ctrl-C is for this process, which ends that one.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", process_group=0) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:

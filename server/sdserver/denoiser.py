@@ -67,7 +67,7 @@ class Denoiser:
         # What is not finite has no gradient; it fails where the image ends.
         if clip is None or not clip.acts_in(query.step, request.steps) or not np.isfinite(x0).all():
             return x0
-        gradient = await clip.gradient(x0)
+        gradient = await clip.gradient(query.step, x0)
         if clip.unet_gradients is None:
             shift = variance(query.sigma) * gradient
         else:

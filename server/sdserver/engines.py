@@ -87,6 +87,7 @@ class ClipGuidancePreset(_Data):
     cutouts: Annotated[int, Field(ge=0, le=64)]
     start: Annotated[float, Field(ge=0, le=1)]
     end: Annotated[float, Field(ge=0, le=1)]
+    steps_per_gradient: Annotated[int, Field(ge=1, le=16)]
 
     @model_validator(mode="after")
     def _consistent(self) -> ClipGuidancePreset:

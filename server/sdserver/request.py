@@ -49,6 +49,8 @@ class ClipGuidance:
     """Random crops that CLIP looks at in each step; 0: the whole image."""
     start: float
     end: float
+    steps_per_gradient: int
+    """Steps that one gradient serves; 1: each evaluation of the UNet has its own."""
     prompt: str
     """What CLIP is asked to see; empty: the positive prompts, by weight."""
     exact: bool

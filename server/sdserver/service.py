@@ -39,6 +39,9 @@ log = structlog.get_logger()
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
+# A request of so many bytes without a picture is read in a millisecond or two.
+QUICK_BYTES = 16 * 2**10
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -70,7 +73,7 @@ class GenerationService(GenerationServiceServicer):
         self._pipeline = pipeline
         self._readiness = readiness
         self._send_timeout_seconds = send_timeout_seconds
-        self._picture_reader = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._safety_mode = safety_mode
         self._block_list = block_list
 
@@ -95,11 +98,11 @@ class GenerationService(GenerationServiceServicer):
             raise
 
     async def _read(self, message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
-        if not message.HasField("init_image"):
+        if not message.HasField("init_image") and message.ByteSize() <= QUICK_BYTES:
             return wire.to_request(message, request_id, self._catalog, self._block_list)
-        # Decoding a picture takes time and memory: off the event loop, and one at a time.
+        # Decoding a picture or searching long prompts takes time and memory: off the event loop, and one at a time.
         return await asyncio.get_running_loop().run_in_executor(
-            self._picture_reader, wire.to_request, message, request_id, self._catalog, self._block_list
+            self._reader, wire.to_request, message, request_id, self._catalog, self._block_list
         )
 
     async def ListEngines(  # noqa: N802

@@ -25,7 +25,9 @@ Family = Literal["1", "2"]
 PUBLISHED: dict[Family, str] = {"1": "ViT-L-14-quickgelu", "2": "ViT-H-14"}
 # Both towers have 64 channels a head.
 HEAD_WIDTH = 64
-# What text states follow from; the projection and the temperature serve contrastive training alone.
+# The projection and the temperature serve contrastive training alone, and the mask follows from the length.
+NO_STATES = ("text_projection", "logit_scale", "attn_mask")
+# What text states follow from.
 STATE_PREFIXES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # The same weights, rounded to 16 bits along the way.
@@ -99,7 +101,7 @@ def text_tower(tensors: Tensors, family: Family, blocks: int | None = None) -> t
     Widths and depths follow from the shapes. The rest of the configuration, and that of the image tower, which has no
     tensors here, is open_clip's own for the family.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(STATE_PREFIXES)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NO_STATES)}
     found = {int(matched[1]) for name in tensors if (matched := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
     if not found or any(name not in tensors for name in ("token_embedding.weight", "positional_embedding")):
         raise ConversionError("the checkpoint has no text encoder that is known: CLIP's, as in SD 1.x and 2.x")

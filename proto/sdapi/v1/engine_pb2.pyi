@@ -72,18 +72,20 @@ class ClipGuidanceSupport(_message.Message):
     def __init__(self, presets: _Optional[_Iterable[_Union[ClipGuidancePreset, _Mapping]]] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class ClipGuidancePreset(_message.Message):
-    __slots__ = ("name", "scale", "cutouts", "start", "end")
+    __slots__ = ("name", "scale", "cutouts", "start", "end", "steps_per_gradient")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CUTOUTS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     scale: float
     cutouts: int
     start: float
     end: float
-    def __init__(self, name: _Optional[str] = ..., scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+    steps_per_gradient: int
+    def __init__(self, name: _Optional[str] = ..., scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., steps_per_gradient: _Optional[int] = ...) -> None: ...
 
 class WindowDefaults(_message.Message):
     __slots__ = ("size", "overlap")

@@ -134,7 +134,7 @@ class GuidanceInterval(_message.Message):
     def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
 
 class ClipGuidance(_message.Message):
-    __slots__ = ("scale", "cutouts", "start", "end", "prompt", "preset", "exact")
+    __slots__ = ("scale", "cutouts", "start", "end", "prompt", "preset", "exact", "steps_per_gradient")
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CUTOUTS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,7 @@ class ClipGuidance(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     scale: float
     cutouts: int
     start: float
@@ -149,7 +150,8 @@ class ClipGuidance(_message.Message):
     prompt: str
     preset: str
     exact: bool
-    def __init__(self, scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., prompt: _Optional[str] = ..., preset: _Optional[str] = ..., exact: _Optional[bool] = ...) -> None: ...
+    steps_per_gradient: int
+    def __init__(self, scale: _Optional[float] = ..., cutouts: _Optional[int] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., prompt: _Optional[str] = ..., preset: _Optional[str] = ..., exact: _Optional[bool] = ..., steps_per_gradient: _Optional[int] = ...) -> None: ...
 
 class InitImage(_message.Message):
     __slots__ = ("data", "strength", "fit", "sha256")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_SCALE = 10.0
 MAX_CUTOUTS = 64
+MAX_STEPS_PER_GRADIENT = 16
 MAX_CHARACTERS = 10_000
 
 
@@ -33,7 +34,7 @@ def read_clip_guidance(
         violations["clip_guidance.preset"] = f"{given.preset[:64]!r} is not known; one of {names}"
         preset = support.presets[0]
     # A message, so that the preset's numbers are 32-bit floats, as they will be when the resolved request is sent.
-    values = generation_pb2.ClipGuidance(scale=preset.scale, cutouts=preset.cutouts, start=preset.start, end=preset.end)
+    values = generation_pb2.ClipGuidance(**preset.model_dump(exclude={"name"}))
     values.MergeFrom(given)
     for name, most in (("scale", MAX_SCALE), ("start", 1.0), ("end", 1.0)):
         value: float = getattr(values, name)
@@ -42,6 +43,10 @@ def read_clip_guidance(
             violations[f"clip_guidance.{name}"] = f"{value:g} is not a number from 0 to {most:g}"
     if not 0 <= values.cutouts <= MAX_CUTOUTS:
         violations["clip_guidance.cutouts"] = f"{values.cutouts} is not an integer from 0 to {MAX_CUTOUTS}"
+    if not 1 <= values.steps_per_gradient <= MAX_STEPS_PER_GRADIENT:
+        violations["clip_guidance.steps_per_gradient"] = (
+            f"{values.steps_per_gradient} is not an integer from 1 to {MAX_STEPS_PER_GRADIENT}"
+        )
     if values.start >= values.end:
         violations.setdefault(
             "clip_guidance.end", f"{values.end:g} must be greater than start, which is {values.start:g}"
@@ -55,6 +60,7 @@ def read_clip_guidance(
         cutouts=values.cutouts,
         start=values.start,
         end=values.end,
+        steps_per_gradient=values.steps_per_gradient,
         prompt=values.prompt if values.prompt.strip() else "",
         exact=values.exact,
     )
