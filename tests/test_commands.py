@@ -19,6 +19,7 @@ from sdserver.__main__ import LEAST_UPTIME_SECONDS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from sdserver.engines import Catalog
     from sdserver.settings import ServeSettings
 
 FREE_PORTS = ["--port=0", "--triton-grpc-port=0", "--triton-http-port=0", "--triton-metrics-port=0"]
@@ -111,7 +112,7 @@ async def until_ready(client: AsyncClient) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_up_starts_both_starts_triton_again_when_it_dies_and_leaves_nothing_behind() -> None:
+async def test_up_starts_both_starts_triton_again_when_it_dies_and_leaves_nothing_behind(catalog: Catalog) -> None:
     async with running("up", *FREE_PORTS) as command:
         port = (await command.logged("serving"))["port"]
         server = psutil.Process(command.process.pid)
@@ -119,7 +120,7 @@ async def test_up_starts_both_starts_triton_again_when_it_dies_and_leaves_nothin
             await until_ready(client)
             assert await client.generate("a lake", steps=2)
             first = server.children(recursive=True)
-            assert len(first) == 4, "Triton and one process for each model"
+            assert len(first) == 1 + len(catalog.default.models), "Triton and one process for each model"
             # One that dies sooner than this is not worth another start.
             await asyncio.sleep(LEAST_UPTIME_SECONDS)
             server.children()[0].kill()

@@ -104,7 +104,11 @@ def steered(x0: Array, gradient: Array, shift: Array, sigma: float, scale: float
     length, shifted = _root_mean_square(gradient), _root_mean_square(shift)
     if length == 0 or shifted == 0:
         return x0
-    return x0 - np.float32(scale * min(1 / length, variance(sigma) / shifted)) * shift
+    # In double precision: of a gradient too small to have all its digits, 1 / length is beyond single precision.
+    moved: Array = (x0 - scale * min(1 / length, variance(sigma) / shifted) * shift.astype(np.float64)).astype(
+        np.float32
+    )
+    return moved
 
 
 def _root_mean_square(array: Array) -> float:
