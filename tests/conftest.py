@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import grpc
+import hypothesis
 import pytest
 from fakes import FakeBackend
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

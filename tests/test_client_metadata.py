@@ -135,7 +135,7 @@ def test_every_beginning_of_a_file_is_read_or_refused(media_type: str) -> None:
 
 
 @every_media_type
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(media_type: str, data: st.DataObject) -> None:
     file = bytearray(FILES[media_type])
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_read_or_refused(media_type: str, data: st.DataObject)
     read_anything(bytes(file))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x10ftypavif\0\0\0\0"]),
     rest=st.binary(max_size=200),
@@ -178,7 +178,7 @@ FIELDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(request=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 def test_a_request_of_any_json_is_read_or_refused(request: dict[str, Any]) -> None:
     read_anything(file_with(xmp(json.dumps(request))))

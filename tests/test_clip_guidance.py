@@ -11,7 +11,7 @@ import pytest
 from calls import TEXT, a_request, details_of, events_of, failure_of, images_of, violations_of
 from fakes import FakeBackend, pixel_of
 from google.rpc import error_details_pb2
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -286,7 +286,6 @@ async def test_a_failure_is_that_of_any_other_step(
 latents = arrays.arrays(np.float32, (4, 3, 5), elements=st.floats(-5, 5, width=32))
 
 
-@settings(deadline=None)
 @given(latents, latents, st.floats(0.01, 10), st.floats(0, 10), st.floats(0.001, 1000))
 def test_a_step_is_as_long_as_the_scale_says_however_large_the_gradient(
     x0: Array, gradient: Array, sigma: float, scale: float, factor: float

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -124,7 +124,6 @@ def test_the_seed_chooses_the_cutouts_and_nothing_else_does(guide: ClipGuidance,
     assert np.abs(first - other).max() > 1e-4
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(0, 2**63 - 1))
 def test_cutouts_are_squares_inside_of_half_to_all_of_the_shorter_side(
     height: int, width: int, cutouts: int, seed: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sdserver.guidance import Guidance, blend, rescale_factor
@@ -23,7 +23,6 @@ def states(value: float) -> Array:
     return np.full((77, 8), value, np.float32)
 
 
-@settings(deadline=None)
 @given(share=st.floats(0, 1), spread=st.floats(0.1, 30))
 def test_the_spread_moves_by_the_share_to_that_of_the_conditional_prediction(share: float, spread: float) -> None:
     guided, conditional = normal(1, spread), normal(2)

@@ -142,7 +142,7 @@ def text_of(said: Metadata) -> list[str]:
 
 
 @every_media_type
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text(min_size=1, max_size=40).filter(str.strip))
 @example(text=HOSTILE)
 def test_every_prompt_is_read_back_as_it_was(media_type: str, text: str) -> None:

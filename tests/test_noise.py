@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sdserver.noise import MAX_SEED, ImageNoise, VariedNoise, slerp
 
@@ -15,7 +15,6 @@ SHAPE = (4, 16, 16)
 seeds = st.integers(0, MAX_SEED)
 
 
-@settings(deadline=None)
 @given(seed=seeds, others=st.lists(st.integers(0, 50), max_size=5), number=st.integers(0, 50))
 def test_a_draw_depends_on_seed_and_number_alone(seed: int, others: list[int], number: int) -> None:
     noise = ImageNoise(seed)
@@ -24,7 +23,6 @@ def test_a_draw_depends_on_seed_and_number_alone(seed: int, others: list[int], n
     np.testing.assert_array_equal(noise.draw(number, SHAPE), ImageNoise(seed).draw(number, SHAPE))
 
 
-@settings(deadline=None)
 @given(seed=seeds)
 def test_the_start_is_draw_0_and_the_steps_are_the_draws_after_it(seed: int) -> None:
     noise = ImageNoise(seed)

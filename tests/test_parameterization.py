@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sdserver.parameterization import PredictionType, c_in, denoised, initial_latents
@@ -34,7 +34,6 @@ def truth(x0: Array, noise: Array, sigma: float, prediction_type: PredictionType
 
 
 @pytest.mark.parametrize("prediction_type", get_args(PredictionType))
-@settings(deadline=None)
 @given(sigma=sigmas)
 def test_a_perfect_prediction_gives_back_the_latents(prediction_type: PredictionType, sigma: float) -> None:
     x0, noise = normal(1), normal(2)
@@ -44,13 +43,11 @@ def test_a_perfect_prediction_gives_back_the_latents(prediction_type: Prediction
     np.testing.assert_allclose(result, x0, rtol=0, atol=2e-6 * (1 + sigma))
 
 
-@settings(deadline=None)
 @given(sigma=sigmas)
 def test_the_input_has_unit_variance_where_the_latents_have(sigma: float) -> None:
     assert c_in(sigma) * hypot(1, sigma) == pytest.approx(1)
 
 
-@settings(deadline=None)
 @given(sigma=sigmas)
 def test_text_to_image_shows_the_model_the_noise_itself(sigma: float) -> None:
     noise = normal(3)

@@ -156,7 +156,7 @@ def test_masks_are_grey_and_black_where_they_are_transparent() -> None:
 whole = {format_name: encoded(rgb, format_name) for format_name in FORMATS}
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(
     st.sampled_from(FORMATS),
     st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import hypot, log2, sqrt
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from denoising import drive
 from numpy.typing import NDArray
 from sdserver.noise import ImageNoise
 from sdserver.samplers import SAMPLERS, evaluations, noise_options
+from test_schedules import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
     from sdserver.samplers import Query
@@ -86,6 +88,19 @@ def test_small_steps_arrive_at_the_exact_latents(name: str) -> None:
     sigmas = [*np.geomspace(14.6, 0.02, 200).tolist(), 0.0]
     # About the error of the last step, sigma**2 / 2, and of first-order steps of 1 part in 30.
     assert error(name, sigmas, latents_at(sigmas[0])) < (1e-3 if ORDERS[name] > 1 else 0.03)
+
+
+@pytest.mark.parametrize("steps", [25, 100])
+@pytest.mark.parametrize("name", ORDERS)
+def test_starting_from_pure_noise_costs_no_accuracy(name: str, steps: int) -> None:
+    # With zero terminal SNR the first level stands for infinity, and the first step is one of four thousand levels.
+    usual = replace(STABLE_DIFFUSION, timestep_spacing="trailing")
+    from_pure_noise = replace(usual, rescale_zero_terminal_snr=True)
+    expected, found = (
+        error(name, list(sigmas), latents_at(sigmas[0]))
+        for sigmas in (usual.native(steps), from_pure_noise.native(steps))
+    )
+    assert found < 1.1 * expected + 2e-3
 
 
 @each_with_noise

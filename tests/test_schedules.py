@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sdserver.schedules import NoiseSchedule
 
@@ -65,7 +65,6 @@ def test_levels_of_training_have_their_own_timestep_exactly(schedule: NoiseSched
     assert [schedule.sigma_at(timestep) for timestep in timesteps] == schedule.sigmas.tolist()
 
 
-@settings(deadline=None)
 @given(timestep=st.floats(0, 999), zero_terminal_snr=st.booleans())
 def test_timestep_and_level_are_inverse(timestep: float, zero_terminal_snr: bool) -> None:
     schedule = replace(STABLE_DIFFUSION, rescale_zero_terminal_snr=zero_terminal_snr)
@@ -127,7 +126,6 @@ def test_a_single_step_starts_at_the_noisiest_level(spacing: TimestepSpacing) ->
     assert schedule.exponential(1) == pytest.approx((schedule.sigmas[-1], 0.0))
 
 
-@settings(deadline=None)
 @given(steps=st.integers(2, 200), rho=st.floats(1, 10))
 def test_karras_levels_are_even_in_the_root_of_sigma(steps: int, rho: float) -> None:
     sigmas = np.array(STABLE_DIFFUSION.karras(steps, rho)[:-1])
@@ -136,7 +134,6 @@ def test_karras_levels_are_even_in_the_root_of_sigma(steps: int, rho: float) -> 
     np.testing.assert_allclose(sigmas[[0, -1]], STABLE_DIFFUSION.sigmas[[-1, 0]], rtol=1e-9)
 
 
-@settings(deadline=None)
 @given(steps=st.integers(2, 200))
 def test_exponential_levels_are_even_in_the_logarithm_of_sigma(steps: int) -> None:
     sigmas = np.array(STABLE_DIFFUSION.exponential(steps)[:-1])

@@ -20,7 +20,7 @@ seeds = st.integers(0, 10**6)
 
 
 @given(seeds, st.sampled_from(FORMATS))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_seed_and_a_format_always_give_the_same_picture(seed: int, size: tuple[int, int]) -> None:
     first, second = paint(random_scene(seed, size)), paint(random_scene(seed, size))
     assert first.shape == (size[1], size[0], 3)
@@ -29,7 +29,7 @@ def test_a_seed_and_a_format_always_give_the_same_picture(seed: int, size: tuple
 
 
 @given(seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_random_scene_can_be_painted_as_it_is(seed: int) -> None:
     scene = random_scene(seed)
     assert consistent(scene) == scene
@@ -37,7 +37,7 @@ def test_every_random_scene_can_be_painted_as_it_is(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_variant_keeps_the_layout_and_changes_something(seed: int) -> None:
     scene = random_scene(seed)
     variant = random_variant(scene, seed)
@@ -55,7 +55,7 @@ def test_changing_a_houses_colour_changes_pixels_of_the_house_alone() -> None:
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_codes_name_a_scene_completely(seed: int) -> None:
     scene = random_scene(seed)
     assert Scene.from_codes(scene.layout, scene.width, scene.height, scene.codes()) == scene
@@ -67,7 +67,7 @@ def test_a_value_that_the_world_does_not_know_is_named_with_its_alternatives() -
 
 
 @given(seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_a_caption_tells_is_true_of_its_scene(seed: int) -> None:
     scene = random_scene(seed)
     said = caption(scene, np.random.default_rng(seed))
@@ -84,7 +84,7 @@ def test_a_tenth_to_a_seventh_of_the_captions_is_empty() -> None:
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_attribute_that_must_be_named_is_named(seed: int) -> None:
     scene = random_scene(seed)
     said = caption(scene, np.random.default_rng(seed), frozenset({"time", "house"}))

@@ -78,7 +78,7 @@ def test_windows_are_spread_evenly_from_both_ends(length: int, size: tuple[int, 
         assert np.abs(np.subtract(windows.starts, mirrored)).max() <= 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(covers(), covers(), st.integers(1, 3))
 def test_what_is_split_and_joined_is_what_it_was(rows: Cover, columns: Cover, factor: int) -> None:
     grid = Grid(rows, columns).scaled(factor)
@@ -88,7 +88,7 @@ def test_what_is_split_and_joined_is_what_it_was(rows: Cover, columns: Cover, fa
     np.testing.assert_allclose(grid.join(parts), whole, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(covers(), covers())
 def test_gradients_go_back_through_splitting_and_joining(rows: Cover, columns: Cover) -> None:
     grid, random = Grid(rows, columns), np.random.default_rng(0)
@@ -112,7 +112,6 @@ def test_gradients_go_back_through_splitting_and_joining(rows: Cover, columns: C
     )
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(0, 9))
 def test_one_window_is_joined_exactly(length: int, more: int) -> None:
     grid = Grid(cover(length, length + more, 0), cover(7, 7, 3))
