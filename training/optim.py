@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from concurrent.futures import Executor
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _MOMENTUM, _BETAS, _EPSILON = 0.95, (0.9, 0.99), 1e-8
@@ -32,11 +33,21 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices take orthogonal steps of `matrix_rate`, vectors AdamW's of `rate`; a group's `peak` is its full rate."""
+    """Matrices take orthogonal steps of `matrix_rate`, vectors AdamW's of `rate`; a group's `peak` is its full rate.
+
+    With `threads`, the parameters are shared out among them: a third of a step of the UNet is this one's.
+    """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], *, matrix_rate: float, rate: float, weight_decay: float
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        matrix_rate: float,
+        rate: float,
+        weight_decay: float,
+        threads: Executor | None = None,
     ) -> None:
+        self._map = map if threads is None else threads.map
         everything = list(parameters)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in everything if p.ndim >= 2], "lr": matrix_rate, "peak": matrix_rate, "matrix": True},
@@ -49,16 +60,27 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = group["peak"] * factor
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever used here
         """One step from the gradients in place."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = (_matrix_update if group["matrix"] else _adam_update)(parameter.grad, self.state[parameter])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
+        work = [
+            (group, parameter, self.state[parameter])
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        # The largest first, so that no thread is left alone with one at the end.
+        work.sort(key=lambda item: -item[1].numel())
+        for _ in self._map(_update, work):
+            pass
+
+
+@torch.no_grad()
+def _update(work: tuple[dict[str, Any], torch.nn.Parameter, dict[str, Any]]) -> None:
+    group, parameter, state = work
+    assert parameter.grad is not None
+    update = (_matrix_update if group["matrix"] else _adam_update)(parameter.grad, state)
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-group["lr"])
 
 
 def _matrix_update(gradient: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:

@@ -143,7 +143,10 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
     run = Run("unet", core_minutes * 60)
     torch.manual_seed(seed)
     model = build()
-    optimizer = Muon(model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01)
+    replicas = Replicas(model, threads)
+    optimizer = Muon(
+        model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01, threads=replicas.pool
+    )
     ema = Ema(model, 0.9992)
     seen = 0
     state: dict[str, Any] | None = run.resume()
@@ -152,7 +155,7 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
         optimizer.load_state_dict(state["optimizer"])
         ema.load(state["ema"])
         seen = state["seen"]
-    replicas, batches = Replicas(model, threads), Batches(seed, run.step)
+    batches = Batches(seed, run.step)
     for progress in run.steps():
         # 3 core-minutes of warm-up, whatever the budget
         warm = min(0.02, 180 / run.core_seconds)
