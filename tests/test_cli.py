@@ -252,6 +252,48 @@ def test_the_environment_names_the_server_and_the_key(monkeypatch: pytest.Monkey
     assert service.metadata[0]["authorization"] == "Bearer secret"
 
 
+def test_the_key_can_be_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCLIENT_API_KEY", "another")
+    (folder / "key").write_text("secret\n")
+    with serving(images) as service:
+        assert main(["generate", "a lake", "--server", service.target, "--api-key-file", "key"]) == 0
+    assert service.metadata[0]["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "problem"),
+    [
+        (["--tls", "nowhere.pem"], {}, "nowhere.pem"),
+        ([], {"SDCLIENT_TLS": "nowhere.pem"}, "nowhere.pem"),
+        (["--tls"], {"SDCLIENT_TLS_CERTIFICATE": "client.pem"}, "go together"),
+        (["--tls-certificate", "client.pem", "--tls-private-key", "key.pem"], {}, "need --tls"),
+        (["--api-key-file", "nowhere"], {}, "nowhere"),
+    ],
+)
+def test_a_connection_that_cannot_be_made_is_one_clear_message(
+    flags: list[str],
+    environment: dict[str, str],
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["engines", *flags]) == 1
+    assert problem in capsys.readouterr().err
+
+
+def test_the_environment_can_say_that_there_is_tls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SDCLIENT_TLS", "1")
+    with serving(images) as service:
+        assert main(["engines", "--server", service.target]) == 1
+        assert "TLS handshake" in capsys.readouterr().err
+        monkeypatch.setenv("SDCLIENT_TLS", "0")
+        assert main(["engines", "--json", "--server", service.target]) == 0
+
+
 def run(command: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}

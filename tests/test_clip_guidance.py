@@ -324,7 +324,7 @@ class Answers:
     def __init__(self, function: Any) -> None:
         self._function = function
 
-    async def predict(self, rows: Sequence[tuple[Any, ...]]) -> Array:
+    async def predict(self, rows: Sequence[tuple[Any, ...]], tenant: str) -> Array:
         return np.asarray([self._function(*row) for row in rows], np.float32)
 
 
@@ -350,7 +350,7 @@ async def steered_by(catalog: Catalog, prediction_type: str, exact: bool) -> tup
     assert isinstance(options, ClipGuidance)
     answers: Any = Answers(lambda *row: gradient)
     through: Any = backward if exact else None
-    guide = ClipGuide(options, np.zeros(2, np.float32), answers, through, lambda: 0)
+    guide = ClipGuide(options, np.zeros(2, np.float32), answers, through, "anonymous", lambda: 0)
     scheduler: Any = unet
     query = Query(1, x, SIGMA)
     return (

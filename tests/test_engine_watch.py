@@ -11,6 +11,7 @@ import pytest
 from sdclient import AsyncClient, Image, NotFoundError
 from sdserver.engine_pool import EnginePool
 from sdserver.errors import Unavailable
+from sdserver.observation import Observer
 from sdserver.server import Server
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ async def test_an_engine_that_is_leaving_is_unavailable_and_may_come_back(
     catalog: Catalog, backend: FakeBackend
 ) -> None:
     engine = catalog.default
-    async with EnginePool(backend) as pool:
+    async with EnginePool(backend, lambda engine: None, Observer()) as pool:
         await pool.open(engine)
         with pool.use(engine):
             leaving = asyncio.create_task(pool.close(engine.id))

@@ -16,14 +16,18 @@ from PIL import Image
 from sdapi.v1 import generation_pb2
 from sdserver import wire
 from sdserver.encoding import encode
+from sdserver.engine_schedulers import EngineSchedulers
 from sdserver.engines import Catalog, Windows
 from sdserver.errors import NotSupported
+from sdserver.observation import Observer
 from sdserver.passes import steps_of
 from sdserver.samplers import SAMPLERS, evaluations
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from sdserver.backends import Floats, Pixels
+    from sdserver.request import GenerationRequest
 
 NAN = float("nan")
 NEW = pixel_of(FakeBackend.mean_of(TEXT))
@@ -348,6 +352,12 @@ def test_the_first_pass_of_what_is_tiled_can_be_tiled(catalog: Catalog) -> None:
     assert two_pass.width % multiple == 0
 
 
+async def encoded(backend: FakeBackend, request: GenerationRequest, pixels: Pixels) -> Floats:
+    async with EngineSchedulers(request.engine, backend, None, Observer()) as schedulers:
+        assert schedulers.vae_encoder is not None
+        return await encode(schedulers.vae_encoder, request, pixels)
+
+
 async def test_a_large_image_is_encoded_in_tiles_and_the_latents_are_the_same(
     catalog: Catalog, backend: FakeBackend
 ) -> None:
@@ -355,8 +365,10 @@ async def test_a_large_image_is_encoded_in_tiles_and_the_latents_are_the_same(
     pixels = np.asarray(a_picture(192, 96))
     for fields in ({}, {"tile_x": True}, {"tile_x": True, "tile_y": True}):
         message = a_request(**fields)
-        whole = await encode(backend, wire.to_request(message, "id", catalog), pixels)
-        tiled = await encode(backend, wire.to_request(message, "id", Catalog((small_tiles,))), pixels)
+        whole, tiled = [
+            await encoded(backend, wire.to_request(message, "id", Catalog((engine,))), pixels)
+            for engine in (catalog.default, small_tiles)
+        ]
         np.testing.assert_allclose(tiled, whole, atol=1e-5)
     assert max(picture.shape[0] for picture in backend.encoded if picture.shape[1] < 192) == 64
 

@@ -15,8 +15,10 @@ from PIL import Image
 from sdapi.v1 import generation_pb2
 from sdserver.decoding import decode
 from sdserver.denoiser import Denoiser
+from sdserver.engine_schedulers import EngineSchedulers
 from sdserver.engines import Windows
 from sdserver.guidance import Guidance
+from sdserver.observation import Observer
 from sdserver.request import GuidanceInterval
 from sdserver.samplers import Query
 from sdserver.step_scheduler import StepScheduler
@@ -156,7 +158,7 @@ class Smoothing:
 
 async def x0_of(request: GenerationRequest, x: Floats) -> Floats:
     guidance = Guidance(np.zeros((1, 77, 4), np.float32), (1.0,), (0.0,), 1.0, GuidanceInterval(0.0, 1.0))
-    async with StepScheduler(Smoothing(), 4) as scheduler:
+    async with StepScheduler(Smoothing(), lambda places: 4) as scheduler:
         return await Denoiser(request, guidance, scheduler)(Query(1, x, 2.0))
 
 
@@ -174,6 +176,11 @@ async def test_turning_the_noise_round_a_ring_turns_the_image_round_it(catalog: 
     assert not np.allclose(
         np.roll(await x0_of(open_ended, x), 4, axis=2), await x0_of(open_ended, np.roll(x, 4, axis=2)), atol=1e-3
     )
+
+
+async def decoded(backend: FakeBackend, request: GenerationRequest, latents: Floats) -> Pixels:
+    async with EngineSchedulers(request.engine, backend, None, Observer()) as schedulers:
+        return await decode(schedulers.vae_decoder, request, latents)
 
 
 class Edges(FakeBackend):
@@ -195,7 +202,7 @@ class Edges(FakeBackend):
 async def test_what_a_decoder_draws_at_the_borders_of_tiles_cannot_be_seen_inside(catalog: Catalog) -> None:
     backend = Edges()
     request = request_of(catalog, width=1024, height=640)
-    pixels = await decode(backend, request, np.zeros((4, 80, 128), np.float32))
+    pixels = await decoded(backend, request, np.zeros((4, 80, 128), np.float32))
     assert pixels.shape == (640, 1024, 3)
     assert pixels[2:-2, 2:-2].min() >= 127
     assert len(backend.shapes) == 6
@@ -204,7 +211,7 @@ async def test_what_a_decoder_draws_at_the_borders_of_tiles_cannot_be_seen_insid
 
 async def test_a_tiled_image_has_no_frame_where_its_borders_meet(catalog: Catalog) -> None:
     request = request_of(catalog, width=128, height=96, tile_x=True)
-    pixels = await decode(Edges(), request, np.zeros((4, 12, 16), np.float32))
+    pixels = await decoded(Edges(), request, np.zeros((4, 12, 16), np.float32))
     assert pixels[2:-2].min() >= 125
     assert pixels[0].max() == 0
 
@@ -212,7 +219,7 @@ async def test_a_tiled_image_has_no_frame_where_its_borders_meet(catalog: Catalo
 async def test_cancelling_a_decode_falls_between_tiles(catalog: Catalog) -> None:
     backend = Edges()
     task = asyncio.create_task(
-        decode(backend, request_of(catalog, width=1024, height=1024), np.zeros((4, 128, 128), np.float32))
+        decoded(backend, request_of(catalog, width=1024, height=1024), np.zeros((4, 128, 128), np.float32))
     )
     while not backend.shapes:
         await asyncio.sleep(0)

@@ -13,6 +13,8 @@ from PIL import Image as Pillow
 from sdclient import AsyncClient, Windows
 from sdserver.backends.triton import TritonBackend
 from sdserver.decoding import decode
+from sdserver.engine_schedulers import EngineSchedulers
+from sdserver.observation import Observer
 from sdserver.server import Server
 from sdserver.wire import to_request
 
@@ -100,9 +102,11 @@ async def test_a_tiled_decode_looks_like_that_of_the_whole(
         def request(of: Any) -> GenerationRequest:
             return to_request(a_request(width=640, height=512), "id", type(catalog)((of,)))
 
-        tiled, whole = [
-            (await decode(backend, request(of), latents)).astype(np.float64) for of in (engine, whole_engine)
-        ]
+        async with EngineSchedulers(engine, backend, None, Observer()) as schedulers:
+            tiled, whole = [
+                (await decode(schedulers.vae_decoder, request(of), latents)).astype(np.float64)
+                for of in (engine, whole_engine)
+            ]
     finally:
         await backend.close()
     assert 20 * np.log10(255 / np.sqrt(np.mean((tiled - whole) ** 2))) > 40

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,25 @@ def repository(tmp_path: Path) -> Path:
 
 def echo_triton(repository: Path, *models: str, **options: Any) -> TritonProcess:
     return TritonProcess(repository, models or ["echo"], grpc_port=0, http_port=0, metrics_port=0, **options)
+
+
+def http_status(url: str, method: str = "GET") -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method=method)) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def callers(triton: TritonProcess) -> set[tuple[str, int]]:
+    """Whose connections Triton's gRPC has."""
+    connections = psutil.Process(triton.pid).net_connections()
+    return {
+        each.raddr
+        for each in connections
+        if each.laddr.port == triton.grpc_port and each.status == psutil.CONN_ESTABLISHED
+    }
 
 
 class Traces:
@@ -249,6 +270,47 @@ async def test_two_run_at_the_same_time_and_stopping_leaves_nothing(repository: 
             assert await echo(one, -3) == -3
         traces = Traces(first)
     assert traces.left() == []
+
+
+@needs_triton
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_all_its_ports_listen_on_the_host_and_on_no_other(repository: Path, host: str) -> None:
+    async with echo_triton(repository, host=host) as triton:
+        listening = [each.laddr for each in psutil.Process(triton.pid).net_connections() if each.status == "LISTEN"]
+        assert {address.port for address in listening} == {triton.grpc_port, triton.http_port, triton.metrics_port}
+        # gRPC says the same addresses as those of IPv6.
+        spoken = {"::": "0.0.0.0", "::ffff:127.0.0.1": "127.0.0.1"}
+        assert {spoken.get(address.ip, address.ip) for address in listening} == {host}
+        assert triton.address == "127.0.0.1"
+
+
+@needs_triton
+async def test_others_of_the_network_get_only_what_the_server_needs(repository: Path) -> None:
+    async with echo_triton(repository, host="0.0.0.0") as triton, client_of(triton) as client:
+        assert await echo(client, -1) == -1
+        await client.load_model("echo")
+        for refused in (
+            client.get_log_settings(),
+            client.get_trace_settings(),
+            client.get_system_shared_memory_status(),
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                await refused
+        web = f"http://127.0.0.1:{triton.http_port}/v2"
+        assert await asyncio.to_thread(http_status, f"{web}/health/ready") == 200
+        assert await asyncio.to_thread(http_status, f"{web}/repository/index", method="POST") == 403
+        assert await asyncio.to_thread(http_status, f"{web}/models/echo/infer", method="POST") == 403
+
+
+@needs_triton
+async def test_a_connection_of_its_age_is_closed_after_its_calls(repository: Path) -> None:
+    async with echo_triton(repository, max_connection_age_seconds=0.5) as triton, client_of(triton) as client:
+        assert await echo(client, 2) == 2
+        assert await echo(client, -1) == -1
+        before = callers(triton)
+        await asyncio.sleep(2)
+        assert await echo(client, -1) == -1
+        assert not before & callers(triton)
 
 
 @needs_triton

@@ -1,6 +1,7 @@
 """`sdclient` on the command line: generate images, list engines, read how an image was made, make it again.
 
-Environment: SDCLIENT_SERVER is the default of --server, SDCLIENT_API_KEY the API key.
+Environment: SDCLIENT_API_KEY is the API key; SDCLIENT_SERVER, SDCLIENT_TLS, SDCLIENT_TLS_CERTIFICATE and
+SDCLIENT_TLS_PRIVATE_KEY are the defaults of the flags of these names.
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 the safety check has blocked an image, 130 interrupted.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from ._clip_flags import add_clip_flags, clip_guidance
+from ._connection_flags import add_connection_flags, connect
 from ._errors import BlockedImageError, SDError
 from ._events import MEDIA_TYPES, Accepted, Finished, Image
 from ._image_flags import add_image_flags, image_options
 from ._inspect import inspect
 from ._reproduce import reproduce
-from ._sync import Client
 from ._terminal import print_sections, progress_bar
 from ._types import Blending, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SDError as error:
         _report(error)
         return 1
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"sdclient: {error}", file=sys.stderr)
         return 1
     return 0
@@ -54,11 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    option = common.add_argument_group("server and output").add_argument
-    server = os.environ.get("SDCLIENT_SERVER", "localhost:50051")
-    option("--server", default=server, metavar="HOST:PORT", help="default: $SDCLIENT_SERVER, or localhost:50051")
-    option("--tls", nargs="?", const=True, default=False, metavar="CA.PEM", help="use TLS, with these authorities")
-    option("--json", action="store_true", help="print JSON")
+    add_connection_flags(common)
+    common.add_argument("--json", action="store_true", help="print JSON")
 
     parser = argparse.ArgumentParser(prog="sdclient", description="Stable Diffusion over gRPC.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -146,10 +143,6 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers such as 7,0,42") from None
 
 
-def _client(arguments: argparse.Namespace) -> Client:
-    return Client(arguments.server, api_key=os.environ.get("SDCLIENT_API_KEY"), tls=arguments.tls)
-
-
 def _report(error: SDError) -> None:
     text = "the request is not valid" if error.violations else str(error)
     print(f"sdclient: {text}", file=sys.stderr)
@@ -179,7 +172,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     report: dict[str, Any] = {"images": []}
     blocked = 0
-    with _client(arguments) as client, progress_bar() as show, client.stream(prompts, **options) as events:
+    with connect(arguments) as client, progress_bar() as show, client.stream(prompts, **options) as events:
         for event in events:
             show(event)
             match event:
@@ -262,7 +255,7 @@ def _open(path: Path) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    with _client(arguments) as client:
+    with connect(arguments) as client:
         made = reproduce(
             client,
             arguments.file,
@@ -282,7 +275,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _engines(arguments: argparse.Namespace) -> None:
-    with _client(arguments) as client:
+    with connect(arguments) as client:
         engines = client.engines()
     if arguments.json:
         print(json.dumps([asdict(engine) for engine in engines], indent=2))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
     from ._events import Event
-    from ._types import Engine, GenerateOptions, Prompts
+    from ._types import Engine, GenerateOptions, Prompts, Tls
 
 
 class AsyncClient:
@@ -41,7 +41,7 @@ class AsyncClient:
         *,
         timeout: float | None = 600.0,
         api_key: str | None = None,
-        tls: bool | str | os.PathLike[str] = False,
+        tls: bool | str | os.PathLike[str] | Tls = False,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         """Connects at the first call, and belongs to the event loop of that call.
@@ -50,13 +50,14 @@ class AsyncClient:
             target: The server as `host:port`, or any other target of gRPC, such as `unix:///run/sd.sock`.
             timeout: Seconds that a generation may take, waiting included. None: no limit.
             api_key: Sent with every call; readable on the way unless `tls` is on.
-            tls: True trusts the public authorities, a path the authorities in that PEM file.
+            tls: True trusts the public authorities, a path the authorities in that PEM file; a `Tls` can show a
+                certificate of this client, too.
             channel: A channel of your own, with its own credentials and options, instead of one to `target`. Closing
                 it is up to you.
         """
         self._target = target if channel is None else "the server"
         self._timeout = timeout
-        self._metadata = _wire.call_metadata(api_key)
+        self._api_key = api_key
         self._credentials = _wire.credentials(tls)
         self._given_channel = channel
         self._own_channel: grpc.aio.Channel | None = None
@@ -113,7 +114,7 @@ class AsyncClient:
         """
         request = _wire.to_request(prompts, options)
         deadline = Deadline(options.get("timeout", self._timeout))
-        call = self._stub.Generate(request, timeout=deadline.seconds, metadata=self._metadata)
+        call = self._stub.Generate(request, timeout=deadline.seconds, metadata=_wire.call_metadata(self._api_key))
         try:
             yield _Events(call, self._target, deadline)
         finally:
@@ -124,7 +125,7 @@ class AsyncClient:
         deadline = Deadline(timeout)
         with _translated(self._target, deadline):
             response = await self._stub.ListEngines(
-                _wire.engines_request(), timeout=deadline.seconds, metadata=self._metadata
+                _wire.engines_request(), timeout=deadline.seconds, metadata=_wire.call_metadata(self._api_key)
             )
         return _wire.to_engines(response)
 

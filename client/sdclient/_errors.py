@@ -137,7 +137,8 @@ _UNAVAILABLE = [
     (r"resolv|DNS", "cannot find the host of {target}: give host:port, such as localhost:50051"),
     (
         r"failed to connect.*(closed|reset|SETTINGS)",
-        "{target} answers, but not with gRPC: is the port right, and does it need tls=True?",
+        "{target} answers, but not with gRPC: is the port right, and does it need tls=True, or a certificate of yours, "
+        "tls=Tls(...)?",
     ),
     (r"failed to connect", "no server at {target}: start one with `sdserver up`, or give the address of another"),
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sdapi.v1.generation_pb2 import GenerateResponse
 
     from ._events import Event
-    from ._types import Engine, GenerateOptions, Prompts
+    from ._types import Engine, GenerateOptions, Prompts, Tls
 
 
 class Client:
@@ -39,7 +39,7 @@ class Client:
         *,
         timeout: float | None = 600.0,
         api_key: str | None = None,
-        tls: bool | str | os.PathLike[str] = False,
+        tls: bool | str | os.PathLike[str] | Tls = False,
         channel: grpc.Channel | None = None,
     ) -> None:
         """Connects at the first call.
@@ -48,7 +48,8 @@ class Client:
             target: The server as `host:port`, or any other target of gRPC, such as `unix:///run/sd.sock`.
             timeout: Seconds that a generation may take, waiting included. None: no limit.
             api_key: Sent with every call; readable on the way unless `tls` is on.
-            tls: True trusts the public authorities, a path the authorities in that PEM file.
+            tls: True trusts the public authorities, a path the authorities in that PEM file; a `Tls` can show a
+                certificate of this client, too.
             channel: A channel of your own, with its own credentials and options, instead of one to `target`. Closing
                 it is up to you.
         """
@@ -57,7 +58,7 @@ class Client:
 
         self._target = target if channel is None else "the server"
         self._timeout = timeout
-        self._metadata = _wire.call_metadata(api_key)
+        self._api_key = api_key
         self._own_channel: grpc.Channel | None = None
         if channel is None:
             credentials = _wire.credentials(tls)
@@ -106,7 +107,7 @@ class Client:
         """
         request = _wire.to_request(prompts, options)
         deadline = Deadline(options.get("timeout", self._timeout))
-        call = self._stub.Generate(request, timeout=deadline.seconds, metadata=self._metadata)
+        call = self._stub.Generate(request, timeout=deadline.seconds, metadata=_wire.call_metadata(self._api_key))
         try:
             yield _Events(call, self._target, deadline)
         finally:
@@ -117,7 +118,7 @@ class Client:
         deadline = Deadline(timeout)
         with translated(self._target, deadline):
             response = self._stub.ListEngines(
-                _wire.engines_request(), timeout=deadline.seconds, metadata=self._metadata
+                _wire.engines_request(), timeout=deadline.seconds, metadata=_wire.call_metadata(self._api_key)
             )
         return _wire.to_engines(response)
 

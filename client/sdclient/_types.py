@@ -48,6 +48,22 @@ many prompts there are), or composable diffusion (arXiv:2206.01714, one row a pr
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Whom a client trusts, and how it shows who it is. Files in PEM."""
+
+    authorities: str | os.PathLike[str] | None = None
+    """Of the server's certificate. None: the public ones."""
+    certificate: str | os.PathLike[str] | None = None
+    """This client's own certificate with its chain, for a server that wants one (mutual TLS)."""
+    private_key: str | os.PathLike[str] | None = field(default=None, repr=False)
+    """Its private key, unencrypted."""
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("a TLS certificate and its private key go together: give both, or neither")
+
+
+@dataclass(frozen=True, slots=True)
 class Emphasis:
     """Strengthens or weakens the characters `start` to `end` of a prompt's text."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -49,6 +50,7 @@ from ._types import (
     SafetyMode,
     Sampler,
     Schedule,
+    Tls,
     TwoPass,
     Variation,
     WindowDefaults,
@@ -122,18 +124,35 @@ _TYPES: dict[str, type[Any]] = {
 }
 
 
-def credentials(tls: bool | str | os.PathLike[str]) -> grpc.ChannelCredentials | None:
-    """TLS credentials: True trusts the public authorities, a path those in its PEM file; None for False."""
+def credentials(tls: bool | str | os.PathLike[str] | Tls) -> grpc.ChannelCredentials | None:
+    """TLS credentials; None for False. Raises OSError where a file cannot be read."""
     import grpc
 
     if tls is False:
         return None
-    return grpc.ssl_channel_credentials(None if tls is True else Path(tls).read_bytes())
+    if tls is True:
+        tls = Tls()
+    elif not isinstance(tls, Tls):
+        tls = Tls(tls)
+    files = tls.authorities, tls.private_key, tls.certificate
+    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
 
 
 def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """The headers of every call."""
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    """The headers of a call: the API key, and of which trace it is a part, if the caller traces."""
+    key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    return tuple({**_trace_headers(), **key}.items())
+
+
+def _trace_headers() -> dict[str, str]:
+    """What OpenTelemetry sends along, where the caller's program uses it: a program that does has imported it."""
+    propagate = sys.modules.get("opentelemetry.propagate")
+    if propagate is None and "opentelemetry.trace" in sys.modules:
+        from opentelemetry import propagate
+    headers: dict[str, str] = {}
+    if propagate is not None:
+        propagate.inject(headers)
+    return headers
 
 
 def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:

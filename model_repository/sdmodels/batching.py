@@ -22,11 +22,14 @@ def run_together(run: Callable[..., Arrays], requests: Sequence[Arrays]) -> list
     """
     if not requests:
         return []
+    if len(requests) == 1:
+        try:
+            return [run(*requests[0])]
+        except Exception as error:
+            return [error]
     try:
         answers = run(*(np.concatenate(arrays) for arrays in zip(*requests, strict=True)))
-    except Exception as error:
-        if len(requests) == 1:
-            return [error]
+    except Exception:
         return [answer for request in requests for answer in run_together(run, [request])]
     ends = np.cumsum([len(request[0]) for request in requests])[:-1]
     return list(zip(*(np.split(answer, ends) for answer in answers), strict=True))

@@ -1,4 +1,4 @@
-"""`sdserver up | serve | triton | engine`: Triton for this machine, the gRPC server, or both; and the engines."""
+"""`sdserver up | serve | triton | calibrate | engine`: Triton for this machine, the gRPC server, or both; engines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from pydantic_settings import CliApp
 
 from sdserver import engine_command, logs
 from sdserver.block_list import BlockListError
+from sdserver.calibrate import UnknownEngine, calibrate
 from sdserver.engines import EngineError, load_catalog
+from sdserver.errors import RequestError
 from sdserver.safety_model import SafetyError, load_safety_model
 from sdserver.server import Server, ServerError
-from sdserver.settings import ServeSettings, TritonSettings, UpSettings
+from sdserver.settings import CalibrateSettings, ServeSettings, TritonSettings, UpSettings
 from sdserver.triton_process import TritonProcess, TritonProcessError
 
 if TYPE_CHECKING:
@@ -34,10 +36,12 @@ log = structlog.get_logger()
 USAGE = """\
 usage: sdserver COMMAND [--help] [flags]
 
-  up       start a Triton Inference Server on this machine, and the gRPC server
-  serve    start the gRPC server; Triton runs already, at --triton-url
-  triton   start a Triton Inference Server on this machine
-  engine   add, list, remove or verify engines: sdserver engine --help
+  up         start a Triton Inference Server on this machine, and the gRPC server
+  serve      start the gRPC server; Triton runs already, at --triton-url
+  triton     start a Triton Inference Server on this machine
+  calibrate  measure what UNet calls cost here, so that batches are as large as pays; Triton runs already
+  engine     add, list, remove or verify engines: sdserver engine --help
+  top        show what servers do right now, from their metrics
 
 Every flag is an environment variable, too: --max-active is SDSERVER_MAX_ACTIVE."""
 
@@ -60,8 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(serve, ServeSettings, flags)
         case "triton":
             return _run(triton, TritonSettings, flags)
+        case "calibrate":
+            return _run(calibrate, CalibrateSettings, flags)
         case "engine":
             return engine_command.main(flags)
+        case "top":
+            from sdserver import top_command
+
+            return top_command.main(flags)
     print(USAGE, file=sys.stderr)
     return 2
 
@@ -89,7 +99,7 @@ async def up(settings: UpSettings) -> None:
         return
     async with AsyncExitStack() as stack:
         process = await stack.enter_async_context(_triton(settings))
-        url = f"127.0.0.1:{process.grpc_port}"
+        url = f"{process.address}:{process.grpc_port}"
         async with Server(settings.model_copy(update={"triton_url": url})):
             while True:
                 started = time.monotonic()
@@ -115,10 +125,12 @@ def _triton(settings: TritonSettings) -> TritonProcess:
     return TritonProcess(
         settings.model_repository,
         models_to_load(settings),
+        host=settings.triton_host,
         grpc_port=settings.triton_grpc_port,
         http_port=settings.triton_http_port,
         metrics_port=settings.triton_metrics_port,
         start_seconds=settings.triton_start_seconds,
+        max_connection_age_seconds=settings.triton_max_connection_age_seconds,
         executable=settings.triton_executable,
     )
 
@@ -135,7 +147,9 @@ def _run(command: Callable[[S], Coroutine[None, None, None]], settings_class: ty
     logs.configure(settings.log_level, settings.log_format)
     try:
         asyncio.run(_until_stopped(command(settings)))
-    except (EngineError, SafetyError, BlockListError, ServerError, TritonProcessError) as error:
+    except (
+        *(EngineError, SafetyError, BlockListError, ServerError, TritonProcessError, UnknownEngine, RequestError),
+    ) as error:
         print(f"sdserver {command.__name__}: {error}", file=sys.stderr)
         return 1
     return 0

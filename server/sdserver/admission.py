@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from sdserver.errors import QueueFull, Unavailable
+from sdserver.observation import Observer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,9 +21,10 @@ SMOOTHING = 0.2
 class Admission:
     """First come, first served: `max_active` generations at a time, `max_queued` waiting."""
 
-    def __init__(self, max_active: int, max_queued: int) -> None:
+    def __init__(self, max_active: int, max_queued: int, observer: Observer | None = None) -> None:
         self._max_active = max_active
         self._max_queued = max_queued
+        self._observer = observer or Observer()
         self._active: set[Place] = set()
         self._queue: deque[Place] = deque()
         self._mean_seconds = 1.0
@@ -40,13 +42,20 @@ class Admission:
         """Generations that wait."""
         return len(self._queue)
 
+    @property
+    def queue_seconds(self) -> float:
+        """Predicted wait of a generation that came now."""
+        if len(self._active) < self._max_active:
+            return 0.0
+        return self._mean_seconds * (len(self._queue) + 1) / self._max_active
+
     def enter(self) -> Place:
         """A place for one generation; leave it by its `with` block. Raises QueueFull or Unavailable at once."""
         if self._closed:
             raise Unavailable("the server is stopping; ask another one or retry later", "SERVER_STOPPING")
         full = len(self._active) >= self._max_active
         if full and len(self._queue) >= self._max_queued:
-            wait = self._mean_seconds * (len(self._queue) + 1) / self._max_active
+            wait = self.queue_seconds
             raise QueueFull(
                 f"{len(self._queue)} requests are waiting already; retry after {wait:.1f} s", retry_after=wait
             )
@@ -65,7 +74,7 @@ class Admission:
         while self._queue and len(self._active) < self._max_active:
             place = self._queue.popleft()
             self._active.add(place)
-            place.start()
+            self._observer.admitted(place.start())
 
     def _leave(self, place: Place, seconds: float | None) -> None:
         if place in self._active:
@@ -85,14 +94,16 @@ class Place:
     def __init__(self, admission: Admission, position: int) -> None:
         self._admission = admission
         self._started = asyncio.Event()
+        self._entry_time = time.monotonic()
         self._start_time = 0.0
         self.position = position
         """Generations that had to finish first when it entered; 0: it started at once."""
 
-    def start(self) -> None:
-        """Called by the admission when the generation may run."""
+    def start(self) -> float:
+        """Called by the admission when the generation may run; returns the seconds that it has waited."""
         self._start_time = time.monotonic()
         self._started.set()
+        return self._start_time - self._entry_time
 
     async def started(self) -> None:
         """Waits until the generation may run."""

@@ -61,6 +61,7 @@ class ClipGuide:
         target: Array,
         gradients: StepScheduler,
         unet_gradients: StepScheduler | None,
+        tenant: str,
         cutout_seed: Callable[[], int],
     ) -> None:
         self.options = options
@@ -68,6 +69,7 @@ class ClipGuide:
         """Takes `GradientRow`s; None: no gradient goes through the UNet."""
         self._target = target
         self._gradients = gradients
+        self._tenant = tenant
         self._cutout_seed = cutout_seed
         self.gradients = 0
         """Gradients computed so far."""
@@ -89,7 +91,7 @@ class ClipGuide:
         if serves > 1 and self._latest is not None and step < self._latest[0] + serves:
             return self._latest[1]
         row = ClipRow(x0, self._target, self._cutout_seed(), self.options.cutouts)
-        gradients = await self._gradients.predict([row])
+        gradients = await self._gradients.predict([row], self._tenant)
         self.gradients += 1
         gradient: Array = gradients[0]
         self._latest = step, gradient

@@ -12,24 +12,22 @@ from sdserver.windows import Grid, cover
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from sdserver.backends import Backend, Floats, Pixels
+    from sdserver.backends import Floats, Pixels
     from sdserver.request import GenerationRequest
+    from sdserver.step_scheduler import StepScheduler
 
 
-async def decode(backend: Backend, request: GenerationRequest, latents: Floats) -> Pixels:
+async def decode(vae_decoder: StepScheduler, request: GenerationRequest, latents: Floats) -> Pixels:
     """[H, W, 3] pixels of latents [C, h, w] of a request; cancelling it falls between tiles.
 
     Tiles are decoded one by one and blended. Where the image is tiled itself, they go on at its other border.
     """
-    engine = request.engine
     grid = tile_grid(request, latents.shape[1], latents.shape[2])
-    tiles: list[NDArray[np.uint8]] = []
-    for part in grid.split(latents):
-        [tile] = await backend.decode(engine, part[None])
-        tiles.append(tile)
+    tiles = await vae_decoder.predict([(part,) for part in grid.split(latents)], request.tenant)
     if len(tiles) == 1:
-        return tiles[0]
-    return await asyncio.to_thread(_blended, grid.scaled(engine.latents.downsampling), tiles)
+        pixels: Pixels = tiles[0]
+        return pixels
+    return await asyncio.to_thread(_blended, grid.scaled(request.engine.latents.downsampling), tiles)
 
 
 def tile_grid(request: GenerationRequest, height: int, width: int) -> Grid:
@@ -47,6 +45,6 @@ def tile_grid(request: GenerationRequest, height: int, width: int) -> Grid:
     return Grid(rows, columns)
 
 
-def _blended(grid: Grid, tiles: list[NDArray[np.uint8]]) -> Pixels:
+def _blended(grid: Grid, tiles: NDArray[np.uint8]) -> Pixels:
     joined = grid.join(tile.transpose(2, 0, 1) for tile in tiles)
     return joined.transpose(1, 2, 0).round().clip(0, 255).astype(np.uint8)

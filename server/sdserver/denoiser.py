@@ -86,7 +86,7 @@ class Denoiser:
         grid = self._grid(query.x)
         parts = [part * c_in(query.sigma) for part in grid.split(query.x)]
         rows = [Row(part, timestep, states) for states in text_states for part in parts]
-        predictions = await self._scheduler.predict(rows)
+        predictions = await self._scheduler.predict(rows, self._request.tenant)
         self.unet_rows += len(rows)
         self.pixel_steps += len(rows) * parts[0][0].size * engine.latents.downsampling**2
         return np.stack([grid.join(each) for each in np.split(predictions, len(text_states))])
@@ -123,7 +123,7 @@ class Denoiser:
         ]
         assert self._clip is not None
         assert self._clip.unet_gradients is not None
-        gradients = await self._clip.unet_gradients.predict(rows)
+        gradients = await self._clip.unet_gradients.predict(rows, self._request.tenant)
         self.pixel_steps += len(rows) * rows[0].latents[0].size * engine.latents.downsampling**2
         c_skip, c_out = denoised_by(query.sigma, engine.prediction_type)
         total = grid.sum(gradients.reshape(len(text_states), len(grid), *gradients.shape[1:]).sum(axis=0))

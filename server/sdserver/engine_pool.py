@@ -10,12 +10,14 @@ from sdserver.engine_schedulers import EngineSchedulers
 from sdserver.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Self
 
     from sdserver.backends import Backend
+    from sdserver.cost_model import CostModel
     from sdserver.engines import Engine
+    from sdserver.observation import Observer
 
 
 class _Place:
@@ -31,8 +33,10 @@ class _Place:
 class EnginePool:
     """Schedulers by engine. Used as an async context manager, whose end stops all of them."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, costs: Callable[[Engine], CostModel | None], observer: Observer) -> None:
         self._backend = backend
+        self._costs = costs
+        self._observer = observer
         self._places: dict[str, _Place] = {}
 
     async def __aenter__(self) -> Self:
@@ -46,7 +50,8 @@ class EnginePool:
 
     async def open(self, engine: Engine) -> None:
         """Lets generations use an engine."""
-        self._places[engine.id] = _Place(await EngineSchedulers(engine, self._backend).__aenter__())
+        schedulers = EngineSchedulers(engine, self._backend, self._costs(engine), self._observer)
+        self._places[engine.id] = _Place(await schedulers.__aenter__())
 
     async def close(self, engine_id: str) -> None:
         """Lets no generation begin to use an engine any more, and returns when the last that does has ended."""

@@ -1,10 +1,10 @@
-"""The step schedulers of one engine: one for each of its models that denoising asks."""
+"""The step schedulers of one engine: one for each of its models whose rows can share a call."""
 
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,15 @@ from sdserver.clip_guidance import ClipGuide
 from sdserver.step_scheduler import StepScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
     from sdserver.backends import Backend
+    from sdserver.cost_model import CostModel
     from sdserver.engines import Engine
-    from sdserver.request import ClipGuidance
+    from sdserver.observation import Observer, StepModel
+    from sdserver.request import GenerationRequest
 
 Array = NDArray[np.float32]
 
@@ -30,22 +32,47 @@ class EngineSchedulers:
     Used as an async context manager, as `StepScheduler`.
     """
 
-    def __init__(self, engine: Engine, backend: Backend) -> None:
-        self.unet = StepScheduler(partial(backend.predict, engine), engine.max_batch_rows)
+    def __init__(self, engine: Engine, backend: Backend, costs: CostModel | None, observer: Observer) -> None:
+        self._engine = engine
+        self._costs = costs
+        self._observer = observer
+        self._schedulers: list[StepScheduler] = []
+        self.unet = self._scheduler("unet", backend.predict, self._unet_rows)
         """Takes `step_scheduler.Row`s."""
+        # Few rows of the VAE a call: it computes them one by one, and who has his answer need not wait for others.
+        self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(most_rows, engine, 1))
+        """Takes latents [C, h, w], gives pixels [H, W, 3]."""
+        self.vae_encoder: StepScheduler | None = None
+        """Takes pixels [3, H, W], gives latents [C, h, w]."""
         self._clip_gradient: StepScheduler | None = None
         self._unet_gradient: StepScheduler | None = None
+        if "vae_encoder" in engine.optional_roles:
+            self.vae_encoder = self._scheduler(
+                "vae_encoder",
+                lambda engine, pixels: backend.encode_image(engine, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))),
+                partial(most_rows, engine, engine.latents.downsampling**2),
+            )
         if engine.clip_guidance is not None:
-            rows = engine.clip_guidance.max_batch_rows
-            self._clip_gradient = StepScheduler(partial(backend.clip_gradient, engine), rows)
+            clip_rows = partial(most_rows, engine, engine.clip_guidance.max_batch_rows)
+            self._clip_gradient = self._scheduler("clip_guidance", backend.clip_gradient, clip_rows)
             if "unet_gradient" in engine.optional_roles:
-                self._unet_gradient = StepScheduler(partial(backend.unet_gradient, engine), rows)
+                self._unet_gradient = self._scheduler("unet_gradient", backend.unet_gradient, clip_rows)
         self._stack = AsyncExitStack()
 
+    def _scheduler(
+        self, role: StepModel, model: Callable[..., Awaitable[NDArray[Any]]], rows: Callable[[int], int]
+    ) -> StepScheduler:
+        scheduler = StepScheduler(partial(model, self._engine), rows, self._observer.steps(self._engine.id, role))
+        self._schedulers.append(scheduler)
+        return scheduler
+
+    def _unet_rows(self, places: int) -> int:
+        most = most_rows(self._engine, self._engine.max_batch_rows, places)
+        return most if self._costs is None else min(most, self._costs.worthwhile_rows(places))
+
     async def __aenter__(self) -> Self:
-        for scheduler in (self.unet, self._clip_gradient, self._unet_gradient):
-            if scheduler is not None:
-                await self._stack.enter_async_context(scheduler)
+        for scheduler in self._schedulers:
+            await self._stack.enter_async_context(scheduler)
         return self
 
     async def __aexit__(
@@ -54,9 +81,18 @@ class EngineSchedulers:
         await self._stack.aclose()
 
     def clip_guide(
-        self, options: ClipGuidance | None, target: Array | None
+        self, request: GenerationRequest, target: Array | None
     ) -> Callable[[Callable[[], int]], ClipGuide] | None:
         """Makes a `ClipGuide` towards text features [E] from cutout seeds; None without CLIP guidance."""
+        options = request.clip_guidance
         if options is None or target is None or self._clip_gradient is None:
             return None
-        return partial(ClipGuide, options, target, self._clip_gradient, self._unet_gradient if options.exact else None)
+        unet_gradient = self._unet_gradient if options.exact else None
+        return partial(ClipGuide, options, target, self._clip_gradient, unet_gradient, request.tenant)
+
+
+def most_rows(engine: Engine, native: int, places: int) -> int:
+    """How many rows of so many places are no more work than `native` rows of the native size; at least 1."""
+    scale = engine.latents.downsampling
+    native_places = (engine.native_width // scale) * (engine.native_height // scale)
+    return max(1, min(native * native_places // places, engine.max_batch_rows))

@@ -161,7 +161,7 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         image_size = tower["image_size"]
         descriptor["clip_guidance"] = {
             "presets": [
-                {"name": "standard", "scale": 0.6, "cutouts": 1, "start": 0.0, "end": 1.0, "steps_per_gradient": 2}
+                {"name": "standard", "scale": 0.6, "cutouts": 0, "start": 0.0, "end": 1.0, "steps_per_gradient": 2}
             ],
             "cutout_size": image_size if isinstance(image_size, int) else max(image_size),
             "max_batch_rows": 1,

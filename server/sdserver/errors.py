@@ -3,6 +3,7 @@
     RequestError                    reason                    code
     +-- InvalidRequest              INVALID_REQUEST           INVALID_ARGUMENT   fix the named fields
     |   +-- PromptBlocked           PROMPT_BLOCKED            INVALID_ARGUMENT   say it in other words
+    +-- Unauthenticated             (given)                   UNAUTHENTICATED    send another API key
     +-- UnknownEngine               UNKNOWN_ENGINE            NOT_FOUND          ask ListEngines
     +-- NotSupported                NOT_SUPPORTED             UNIMPLEMENTED      leave the field out
     +-- QueueFull                   QUEUE_FULL                RESOURCE_EXHAUSTED come back later
@@ -83,6 +84,17 @@ class PromptBlocked(InvalidRequest):
     def __init__(self, violations: Mapping[str, str], found: Mapping[str, int]) -> None:
         super().__init__(violations)
         self.found = found
+
+
+class Unauthenticated(RequestError):
+    """The call has no API key (`API_KEY_MISSING`), no readable one (`API_KEY_MALFORMED`) or an unknown one
+    (`API_KEY_INVALID`)."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UnknownEngine(RequestError):

@@ -26,16 +26,16 @@ from sdserver.samplers import SAMPLERS, noise_options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdserver.backends import Backend
     from sdserver.clip_guidance import ClipGuide
+    from sdserver.engine_schedulers import EngineSchedulers
     from sdserver.guidance import Guidance
     from sdserver.image_writer import ImageWriter
     from sdserver.inpainting import Denoise
+    from sdserver.observation import Observer
     from sdserver.outbox import Outbox
     from sdserver.request import GenerationRequest
     from sdserver.safety import SafetyCheck
     from sdserver.samplers import Query, Sampler
-    from sdserver.step_scheduler import StepScheduler
 
 Array = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -47,8 +47,7 @@ class Generation:
 
     request: GenerationRequest
     guidance: Guidance
-    backend: Backend
-    scheduler: StepScheduler
+    schedulers: EngineSchedulers
     clip_guide: Callable[[Callable[[], int]], ClipGuide] | None
     """A new guide for a pass of an image, from its cutout seeds; None: no CLIP guidance."""
     writer: ImageWriter
@@ -56,6 +55,7 @@ class Generation:
     outbox: Outbox
     arrival: float
     encoded: float
+    observer: Observer
     passes: tuple[Pass, ...] = field(init=False)
     denoisers: list[Denoiser] = field(default_factory=list)
     completed: dict[int, int] = field(default_factory=dict)
@@ -67,6 +67,11 @@ class Generation:
     def steps(self) -> int:
         """Denoising steps of each image, over all passes."""
         return sum(part.steps for part in self.passes)
+
+    @property
+    def pixel_steps(self) -> int:
+        """Pixels that the UNet has seen so far, summed over its rows."""
+        return sum(denoiser.pixel_steps for denoiser in self.denoisers)
 
     async def run(self) -> None:
         """Does the work and puts its events, but for Accepted. Raises a RequestError."""
@@ -91,7 +96,7 @@ class Generation:
                 Usage(
                     request.image_count,
                     sum(denoiser.unet_rows for denoiser in self.denoisers),
-                    sum(denoiser.pixel_steps for denoiser in self.denoisers),
+                    self.pixel_steps,
                     sum(denoiser.clip_gradients for denoiser in self.denoisers),
                 ),
                 Timings(
@@ -106,19 +111,23 @@ class Generation:
 
     async def _image(self, index: int, initial: ImageLatents | None) -> float:
         """Makes one image; returns when its denoising ended, on the monotonic clock."""
-        request = self.request
+        request, observer, engine_id = self.request, self.observer, self.request.engine.id
         first, *others = self.passes
-        latents = await self._denoise(index, first, initial)
-        for part in others:
-            small = await self._decode(latents, self.passes[part.number - 1])
-            enlarged = await asyncio.to_thread(images.enlarge, small, part.width, part.height)
-            latents = await self._denoise(index, part, await self._encode(Canvas(enlarged, None), part))
+        with observer.stage(engine_id, "denoise", index):
+            latents = await self._denoise(index, first, initial)
+            for part in others:
+                small = await self._decode(latents, self.passes[part.number - 1])
+                enlarged = await asyncio.to_thread(images.enlarge, small, part.width, part.height)
+                latents = await self._denoise(index, part, await self._encode(Canvas(enlarged, None), part))
         denoised_at = time.monotonic()
-        cropped = await self._decode(latents, self.passes[-1])
-        if request.init_image is not None:
-            cropped = await asyncio.to_thread(request.init_image.canvas.composite, cropped)
-        sent, safety = (cropped, None) if self.safety is None else await self.safety(cropped)
-        data = b"" if sent is None else await self.writer.write(sent, request, index)
+        with observer.stage(engine_id, "decode", index):
+            cropped = await self._decode(latents, self.passes[-1])
+            if request.init_image is not None:
+                cropped = await asyncio.to_thread(request.init_image.canvas.composite, cropped)
+            sent, safety = (cropped, None) if self.safety is None else await self.safety(cropped)
+        with observer.stage(engine_id, "write", index):
+            data = b"" if sent is None else await self.writer.write(sent, request, index)
+        observer.image_done(engine_id, request.width, request.height)
         self.outbox.put(
             Image(
                 *(index, request.seeds[index], data, request.output.media_type, request.width, request.height),
@@ -158,7 +167,7 @@ class Generation:
 
     def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
-        denoiser = Denoiser(self.request, self.guidance, self.scheduler, clip)
+        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet, clip)
         self.denoisers.append(denoiser)
 
         async def denoise(query: Query) -> Array:
@@ -187,12 +196,14 @@ class Generation:
         """The latents of an image of a pass's size."""
         engine = self.request.engine
         width, height = engine.padded_size(part.width, part.height)
-        latents = await encode(self.backend, self.request, canvas.padded(width, height))
+        # Requests with initial images are refused for engines without it.
+        assert self.schedulers.vae_encoder is not None
+        latents = await encode(self.schedulers.vae_encoder, self.request, canvas.padded(width, height))
         return ImageLatents(latents, canvas.repaint_in_latents(width, height, engine.latents.downsampling))
 
     async def _decode(self, latents: Array, part: Pass) -> Pixels:
         """[H, W, 3] pixels of a pass's latents."""
-        pixels = await decode(self.backend, self.request, latents)
+        pixels = await decode(self.schedulers.vae_decoder, self.request, latents)
         return images.crop(pixels, part.width, part.height)
 
     def _preview(self, index: int, part: Pass, step: int, x0: Array) -> None:

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, features
 
 from sdserver import metadata, xmp
+from sdserver.request import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sdserver.engines import PreviewMap
     from sdserver.metadata import Metadata
-
-from sdserver.request import Output
 
 Array = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import structlog
+import structlog.tracebacks
 
 if TYPE_CHECKING:
     from structlog.typing import Processor
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 def configure(level: str, log_format: str) -> None:
     """Sets up logging for the process. `log_format` is auto, console or json."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    # Without local variables: they hold what callers sent, API keys and prompts.
+    traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     formatting: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [structlog.processors.ExceptionRenderer(traceback), structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[

@@ -15,17 +15,19 @@ from sdserver.engine_pool import EnginePool
 from sdserver.errors import InvalidRequest, TimeLimit
 from sdserver.generation import Generation
 from sdserver.guidance import Guidance, blend
+from sdserver.observation import CURRENT_WORK, Observer, Work
 from sdserver.outbox import Outbox
 from sdserver.request import Accepted, Event, GenerationRequest, PromptUsage
 from sdserver.text_cache import TextCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
     from types import TracebackType
     from typing import Self
 
     from sdserver.admission import Admission
     from sdserver.backends import Backend, EncodedText
+    from sdserver.cost_model import CostModel
     from sdserver.engines import Engine
     from sdserver.image_writer import ImageWriter
     from sdserver.safety import SafetyCheck
@@ -48,15 +50,17 @@ class Pipeline:
         text_cache_bytes: int,
         writer: ImageWriter,
         safety: SafetyCheck | None = None,
+        observer: Observer | None = None,
+        costs: Callable[[Engine], CostModel | None] = lambda engine: None,
     ) -> None:
-        self._backend = backend
+        self._observer = observer or Observer()
         self._writer = writer
         self._safety = safety
-        self._texts = TextCache(backend, text_cache_bytes)
+        self._texts = TextCache(backend, text_cache_bytes, self._observer)
         self._admission = admission
         self._max_generation_seconds = max_generation_seconds
         self._engines = tuple(engines)
-        self.pool = EnginePool(backend)
+        self.pool = EnginePool(backend, costs, self._observer)
         """The engines that requests may use; it may change while they run."""
         self._stack = AsyncExitStack()
 
@@ -80,15 +84,17 @@ class Pipeline:
         with self._admission.enter() as place, self.pool.use(request.engine) as schedulers:
             arrival = time.monotonic()
             async with self._time_limit():
-                guidance, target, prompt_usage = await self._encode(request)
+                with self._observer.stage(request.engine.id, "encode"):
+                    guidance, target, prompt_usage = await self._encode(request)
             encoded = time.monotonic()
             yield Accepted(request, place.position, prompt_usage)
-            await place.started()
+            with self._observer.stage(request.engine.id, "queue"):
+                await place.started()
             outbox = Outbox()
-            clip_guide = schedulers.clip_guide(request.clip_guidance, target)
+            clip_guide = schedulers.clip_guide(request, target)
             generation = Generation(
-                *(request, guidance, self._backend, schedulers.unet, clip_guide, self._writer, self._safety),
-                *(outbox, arrival, encoded),
+                *(request, guidance, schedulers, clip_guide, self._writer, self._safety),
+                *(outbox, arrival, encoded, self._observer),
             )
             work = asyncio.create_task(self._run(generation, outbox), name=f"generation {request.request_id}")
             try:
@@ -138,10 +144,12 @@ class Pipeline:
         return guidance, target, tuple(PromptUsage(text.tokens, text.chunks) for text, _ in of_prompts)
 
     async def _run(self, generation: Generation, outbox: Outbox) -> None:
+        CURRENT_WORK.set(Work())
         try:
             async with self._time_limit():
                 await generation.run()
         finally:
+            self._observer.spent(generation.request.tenant, generation.pixel_steps)
             outbox.close()
 
     @asynccontextmanager

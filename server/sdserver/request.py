@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from sdserver.observation import ANONYMOUS
+
 if TYPE_CHECKING:
     from sdserver.canvas import Canvas, Fit, Outpaint
     from sdserver.engines import Engine, Windows
@@ -143,6 +145,8 @@ class GenerationRequest:
     """Whether the lower border continues at the upper one."""
     preview_every_steps: int | None
     """A preview after every so many steps; None: no previews."""
+    tenant: str = field(default=ANONYMOUS, compare=False)
+    """Whose API key the call had; no part of what the images look like."""
 
     @property
     def image_count(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,8 +14,9 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 from sdapi.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
-from sdserver import wire
+from sdserver import cost_model, wire
 from sdserver.admission import Admission
+from sdserver.backends.observed import ObservedBackend
 from sdserver.backends.triton import TritonBackend
 from sdserver.block_list import read_block_list
 from sdserver.engine_watch import EngineWatch
@@ -22,21 +24,29 @@ from sdserver.engines import load_catalog
 from sdserver.health import HealthMonitor
 from sdserver.image_writer import ImageWriter
 from sdserver.images import missing_codecs
+from sdserver.observation import together
 from sdserver.pipeline import Pipeline
 from sdserver.safety import SafetyCheck
 from sdserver.safety_model import load_safety_model
 from sdserver.service import SERVICE, GenerationService, StatusInterceptor
 from sdserver.signing import Signer, SigningError
+from sdserver.tenants import Tenants
+from sdserver.tls import server_credentials
+from sdserver.watched_files import FileError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
     from sdserver.backends import Backend
     from sdserver.engines import Catalog
+    from sdserver.metrics import Metrics, MetricsEndpoint
+    from sdserver.observation import Observer
     from sdserver.safety import SafetyMode
     from sdserver.safety_model import SafetyModel
     from sdserver.settings import ServeSettings
+    from sdserver.traces import Traces
 
 log = structlog.get_logger()
 
@@ -65,17 +75,27 @@ class ServerError(Exception):
 class Server:
     """A running server. `async with Server(settings) as server`: `server.port` is where it listens.
 
-    `backend` replaces the one that the settings name: the seam for tests.
+    `backend` replaces the one that the settings name, `observers` hear of everything beside metrics and traces: the
+    seams for tests.
     Raises EngineError, SafetyError, BlockListError or ServerError when it cannot start.
     """
 
-    def __init__(self, settings: ServeSettings, backend: Backend | None = None) -> None:
+    def __init__(
+        self, settings: ServeSettings, backend: Backend | None = None, observers: Sequence[Observer] = ()
+    ) -> None:
         self._settings = settings
         self._given_backend = backend
         self._stack = AsyncExitStack()
         self.catalog: Catalog
-        self.admission = Admission(settings.max_active, settings.max_queued)
+        self._metrics = _metrics(settings)
+        own = (each for each in (self._metrics, _traces(settings)) if each is not None)
+        self._observer = together([*own, *observers])
+        self.admission = Admission(settings.max_active, settings.max_queued, self._observer)
         self.port = 0
+        self.metrics_port: int | None = None
+        """Where the metrics are; None without them."""
+        self.health_port: int | None = None
+        """Where health is without TLS; None where it has no port of its own."""
 
     async def __aenter__(self) -> Self:
         async with self._stack:
@@ -96,7 +116,10 @@ class Server:
         chosen = _safety(settings)
         path = settings.prompt_block_list
         block_list = None if path is None else await asyncio.to_thread(read_block_list, path)
-        backend = self._given_backend or self._backend(chosen and chosen[1])
+        tenants, credentials = _tenants(settings), _credentials(settings)
+        # Closed last: there is something to hear of until the end.
+        self._stack.push_async_callback(asyncio.to_thread, self._observer.close)
+        backend = ObservedBackend(self._given_backend or self._backend(chosen and chosen[1]), self._observer)
         safety = None if chosen is None else SafetyCheck(*chosen, backend)
         self._stack.push_async_callback(backend.close)
         pipeline = await self._stack.enter_async_context(
@@ -108,6 +131,8 @@ class Server:
                 settings.text_cache_mb * 1_000_000,
                 ImageWriter(wire.to_json, await asyncio.to_thread(_signer, settings)),
                 safety,
+                self._observer,
+                partial(cost_model.read, settings.cost_model_folder),
             )
         )
         watch = EngineWatch(
@@ -118,21 +143,31 @@ class Server:
         monitor = await self._stack.enter_async_context(
             HealthMonitor(self.catalog, backend, settings.health_interval_seconds)
         )
-        server = grpc.aio.server(interceptors=[StatusInterceptor()], options=OPTIONS)
+        if self._metrics is not None:
+            self._metrics.watch(self.admission, lambda: {each.id: monitor.is_ready(each) for each in self.catalog})
+            self.metrics_port = self._stack.enter_context(_metrics_endpoint(self._metrics, settings)).port
+        interceptor = StatusInterceptor(tenants, self._observer)
+        server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS + _connection_age(settings))
         service = GenerationService(
             self.catalog, pipeline, monitor, settings.send_timeout_seconds, safety.mode if safety else None, block_list
         )
         add_GenerationServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
-        address = f"{settings.host}:{settings.port}"
-        try:
-            self.port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ServerError(f"cannot listen on {address}: choose another --port, or stop who has it") from error
+        self.port = _listen(server, settings.host, settings.port, credentials)
         await server.start()
+        if settings.health_port is not None:
+            health = grpc.aio.server()
+            health_pb2_grpc.add_HealthServicer_to_server(monitor.servicer, health)
+            self.health_port = _listen(health, settings.host, settings.health_port, None)
+            await health.start()
+            self._stack.push_async_callback(health.stop, None)
         self._stack.push_async_callback(self._stop, server, monitor)
-        log.info("serving", host=settings.host, port=self.port, engines=[engine.id for engine in self.catalog])
+        ports = {"port": self.port, "metrics_port": self.metrics_port, "health_port": self.health_port}
+        chosen_ports = {name: port for name, port in ports.items() if port is not None}
+        log.info("serving", host=settings.host, **chosen_ports, engines=[engine.id for engine in self.catalog])
+        if tenants.known and credentials is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            log.warning("API keys can be read on the way: set tls_certificate, or let a proxy in front speak TLS")
 
     def _backend(self, safety_model: SafetyModel | None) -> Backend:
         if self._settings.backend == "triton":
@@ -152,6 +187,74 @@ class Server:
             log.warning("generations did not finish in time and are cancelled", active=self.admission.active)
         # Not a grace period of gRPC's own: that one waits for open health watches, too.
         await server.stop(None)
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    address = f"{host}:{port}"
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ServerError(f"cannot listen on {address}: choose another port, or stop who has it") from error
+
+
+def _connection_age(settings: ServeSettings) -> list[tuple[str, int]]:
+    options = {
+        "grpc.max_connection_age_ms": settings.max_connection_age_seconds,
+        "grpc.max_connection_age_grace_ms": settings.max_connection_age_grace_seconds,
+    }
+    return [(name, int(1000 * seconds)) for name, seconds in options.items() if seconds is not None]
+
+
+def _tenants(settings: ServeSettings) -> Tenants:
+    try:
+        return Tenants(settings.api_keys)
+    except FileError as error:
+        raise ServerError(f"api_keys: {error}") from error
+
+
+def _credentials(settings: ServeSettings) -> grpc.ServerCredentials | None:
+    certificate, private_key, client_ca = settings.tls_certificate, settings.tls_private_key, settings.tls_client_ca
+    if certificate is None and private_key is None:
+        if client_ca is not None:
+            raise ServerError("tls_client_ca needs tls_certificate and tls_private_key: set them, too")
+        return None
+    if certificate is None or private_key is None:
+        raise ServerError("TLS needs both tls_certificate and tls_private_key: set the other one, too")
+    try:
+        return server_credentials(certificate, private_key, client_ca)
+    except FileError as error:
+        raise ServerError(f"TLS: {error}") from error
+
+
+def _metrics(settings: ServeSettings) -> Metrics | None:
+    if settings.metrics_port is None:
+        return None
+    from sdserver.metrics import Metrics
+
+    return Metrics()
+
+
+def _metrics_endpoint(metrics: Metrics, settings: ServeSettings) -> MetricsEndpoint:
+    from sdserver.metrics import MetricsEndpoint
+
+    assert settings.metrics_port is not None
+    try:
+        return MetricsEndpoint(metrics, settings.metrics_host, settings.metrics_port)
+    except OSError as error:
+        address = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise ServerError(f"cannot show metrics on {address} ({error.strerror}): choose another port") from error
+
+
+def _traces(settings: ServeSettings) -> Traces | None:
+    if not settings.traces:
+        return None
+    try:
+        from sdserver.traces import Traces
+    except ImportError as error:
+        raise ServerError("traces need OpenTelemetry: pip install 'sd-service[server,traces]'") from error
+    return Traces()
 
 
 def _safety(settings: ServeSettings) -> tuple[SafetyMode, SafetyModel] | None:

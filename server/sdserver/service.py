@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
@@ -24,7 +24,9 @@ from sdserver.errors import (
     Unavailable,
     to_status,
 )
+from sdserver.observation import CURRENT_CALL, Call, Observer
 from sdserver.request import Event, Finished
+from sdserver.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+# Headers by which callers say of which trace a call is a part. The others are nobody's business, API keys above all.
+PROPAGATED = {"traceparent", "tracestate", "baggage"}
 
 # A request of so many bytes without a picture is read in a millisecond or two.
 QUICK_BYTES = 16 * 2**10
@@ -78,9 +83,12 @@ class GenerationService(GenerationServiceServicer):
         self._block_list = block_list
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        request_id = wire.request_id(message)
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        request = await self._read(message, request_id)
+        call = CURRENT_CALL.get()
+        call.request_id = wire.request_id(message)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id)
+        request = replace(await self._read(message, call.request_id), tenant=call.tenant)
+        call.engine = request.engine.id
+        call.facts = _facts(request)
         if not self._readiness.is_ready(request.engine):
             raise Unavailable(
                 f"engine {request.engine.id} is not ready: Triton cannot be reached or its models are loading; "
@@ -131,66 +139,98 @@ class GenerationService(GenerationServiceServicer):
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Makes every failure of this service a status with details, and none of its insides visible.
 
-    It also parses the messages: gRPC's own answer to bytes that are no message is UNKNOWN with a Python class name.
+    It also asks who calls, and parses the messages: gRPC's own answer to bytes that are no message is UNKNOWN with a
+    Python class name. Other services, health and reflection, are for everybody.
     """
+
+    def __init__(self, tenants: Tenants | None = None, observer: Observer | None = None) -> None:
+        self._tenants = tenants or Tenants(None)
+        self._observer = observer or Observer()
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        method: str = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
+        if handler is None or not method.startswith(f"/{SERVICE}/"):
             return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _guarded(handler.unary_stream, handler.request_deserializer),
+                self._guarded(method, handler.unary_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _guarded(handler.unary_unary, handler.request_deserializer),
+            self._guarded(method, handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
+    def _guarded(self, method: str, behavior: Any, parse: Any) -> Any:
+        async def guarded(data: bytes, context: Context) -> Any:
+            structlog.contextvars.clear_contextvars()
+            headers = tuple(context.invocation_metadata() or ())
+            call = Call(method, {name: str(value) for name, value in headers if name in PROPAGATED})
+            CURRENT_CALL.set(call)
+            with self._observer.call(call):
+                try:
+                    call.tenant = self._tenants.of(headers)
+                    if self._tenants.known:
+                        structlog.contextvars.bind_contextvars(tenant=call.tenant)
+                    return await behavior(_parsed(parse, data), context)
+                except RequestError as error:
+                    _log(error)
+                    await _abort(error, call, context)
+                except grpc.aio.AbortError:
+                    raise
+                except asyncio.CancelledError:
+                    # gRPC cancels the call of a caller that has gone as well as one that is out of time.
+                    left = context.time_remaining()
+                    call.outcome = "cancelled" if left is None or left > 0 else "deadline_exceeded"
+                    raise
+                except Exception:
+                    log.exception("failed", reason="INTERNAL")
+                    hidden = GenerationFailed("an internal error of the server; its log has the details", "INTERNAL")
+                    await _abort(hidden, call, context)
 
-def _guarded(behavior: Any, parse: Any) -> Any:
-    async def guarded(data: bytes, context: Context) -> Any:
-        structlog.contextvars.clear_contextvars()
-        try:
-            try:
-                message = parse(data)
-            except DecodeError:
-                raise InvalidRequest(
-                    {"request": "the bytes are not a message of this method; check the schema"}
-                ) from None
-            return await behavior(message, context)
-        except RequestError as error:
-            if error.code is grpc.StatusCode.INTERNAL:
-                log.error("failed", reason=error.reason, message=error.message, exc_info=error.__cause__)
-            else:
-                found = {"block_list_lines": error.found} if isinstance(error, PromptBlocked) else {}
-                log.info("refused", reason=error.reason, message=error.message, **found)
-            await _abort(error, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            log.exception("failed", reason="INTERNAL")
-            await _abort(
-                GenerationFailed("an internal error of the server; its log has the details", "INTERNAL"), context
-            )
-
-    return guarded
+        return guarded
 
 
-async def _abort(error: RequestError, context: Context) -> NoReturn:
-    request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+def _parsed(parse: Any, data: bytes) -> Any:
+    try:
+        return parse(data)
+    except DecodeError:
+        raise InvalidRequest({"request": "the bytes are not a message of this method; check the schema"}) from None
+
+
+def _log(error: RequestError) -> None:
+    if error.code is grpc.StatusCode.INTERNAL:
+        log.error("failed", reason=error.reason, message=error.message, exc_info=error.__cause__)
+    else:
+        found = {"block_list_lines": error.found} if isinstance(error, PromptBlocked) else {}
+        log.info("refused", reason=error.reason, message=error.message, **found)
+
+
+async def _abort(error: RequestError, call: Call, context: Context) -> NoReturn:
+    call.outcome, call.reason = error.code.name.lower(), error.reason
     trailers: list[tuple[str, str | bytes]] = [
-        ("grpc-status-details-bin", to_status(error, request_id).SerializeToString())
+        ("grpc-status-details-bin", to_status(error, call.request_id).SerializeToString())
     ]
     if error.retry_after is not None:
         # Tells gRPC's own retries, which the SDK turns on, when to come back (gRFC A6).
         trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
     await context.abort(error.code, error.message, tuple(trailers))
+
+
+def _facts(request: GenerationRequest) -> dict[str, str | int | float]:
+    """What of a request says how much work it is; nothing of what its prompts say."""
+    return {
+        "width": request.width,
+        "height": request.height,
+        "steps": request.steps,
+        "image_count": request.image_count,
+        "sampler": request.sampler,
+    }
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

@@ -37,10 +37,27 @@ class Settings(BaseSettings):
     safety_model: str = Field(
         "", description="Folder below <model repository>/safety with the safety check's safety.json; empty: no check."
     )
+    cost_models: Path | None = Field(
+        None, description="Folder of what `sdserver calibrate` measured; default: <model repository>/cost_models."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: colours on a terminal, JSON lines elsewhere."
     )
+
+
+    @property
+    def cost_model_folder(self) -> Path:
+        """Where cost models are read and written."""
+        return self.model_repository / "cost_models" if self.cost_models is None else self.cost_models
+
+
+class CalibrateSettings(Settings):
+    """What UNet calls cost, measured through a Triton that runs."""
+
+    triton_url: str = Field("localhost:8001", description="host:port of Triton's gRPC endpoint.")
+    engine: str = Field("", description="The engine to measure; empty: all.")
+    seconds: Seconds = Field(60.0, description="About how long an engine may take.")
 
 
 class ServeSettings(Settings):
@@ -79,11 +96,40 @@ class ServeSettings(Settings):
         None, description="URL of an RFC 3161 authority that is asked for a time stamp of each signature."
     )
     drain_seconds: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+    api_keys: Path | None = Field(
+        None, description="File with one `name key` a line, for callers; without it everybody may call."
+    )
+    tls_certificate: Path | None = Field(None, description="PEM chain of certificates, the server's own first.")
+    tls_private_key: Path | None = Field(None, description="The server's private key, unencrypted PEM.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM authorities of the certificates that clients then need, too (mutual TLS)."
+    )
+    health_port: Port | None = Field(
+        None,
+        description="Another port, for health alone and never with TLS, as Kubernetes' probes want it; 0: a free one.",
+    )
+    max_connection_age_seconds: Seconds | None = Field(
+        None, description="After which a caller has to connect again, so that it finds new servers; default: never."
+    )
+    max_connection_age_grace_seconds: Seconds | None = Field(
+        None, description="How long calls of an aged connection may go on; default: to their end."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address of the metrics; 0.0.0.0 for all.")
+    metrics_port: Port | None = Field(
+        None, description="Port of Prometheus metrics at /metrics, by HTTP; 0 chooses a free one; default: no metrics."
+    )
+    traces: bool = Field(
+        False, description="Send traces by OpenTelemetry, as the variables OTEL_* say; needs the extra `traces`."
+    )
 
 
 class TritonSettings(Settings):
-    """A Triton Inference Server for this machine, on the loopback interface."""
+    """A Triton Inference Server for this machine."""
 
+    triton_host: str = Field(
+        "127.0.0.1",
+        description="Address that Triton listens on; 0.0.0.0 for all. Whoever reaches it can run code in it.",
+    )
     triton_grpc_port: Port = Field(8001, description="Port of Triton's gRPC endpoint; 0 chooses a free one.")
     triton_http_port: Port = Field(8000, description="Port of Triton's HTTP endpoint; 0 chooses a free one.")
     triton_metrics_port: Port = Field(8002, description="Port of Triton's metrics; 0 chooses a free one.")
@@ -91,6 +137,9 @@ class TritonSettings(Settings):
         None, description="Another tritonserver than the wheel's, such as NVIDIA's container has one."
     )
     triton_start_seconds: Seconds = Field(180.0, description="How long Triton may take to load the models.")
+    triton_max_connection_age_seconds: Seconds | None = Field(
+        None, description="After which a server connects to Triton again, so that it finds new ones; default: never."
+    )
 
 
 class UpSettings(ServeSettings, TritonSettings):

@@ -1,26 +1,35 @@
 """One call of a model for the rows of many generations: requests join and leave the batch at every denoising step.
 
-While a call runs, rows of other generations wait; the next call takes those that waited longest and everything of the
-same shapes that fits beside them. Nothing but the shapes has to agree: sampler, step, guidance and prompts differ
-freely.
+While a call runs, rows of other generations wait; the next call takes those whose turn it is (`fair_queue`) and
+whatever of their shape fits beside them. Nothing but the shapes has to agree: sampler, step, guidance and prompts
+differ freely.
+
+A full batch is sent while another call runs, so that the model goes on without a pause. One that is not full waits
+until the running call has answered: the rows that come back then, for their next step, may join it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdserver.fair_queue import FairQueue
+from sdserver.observation import ANONYMOUS, StepObserver
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Hashable, Sequence
     from types import TracebackType
     from typing import Self
 
 Array = NDArray[np.float32]
+Rows = NDArray[Any]
+
+# One that runs, and one behind it.
+MAX_CALLS = 2
 
 
 class Row(NamedTuple):
@@ -32,33 +41,66 @@ class Row(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _Ask:
     """Rows that one generation asked for together, and where their predictions [R, C, h, w] go."""
 
+    tenant: str
     rows: Sequence[tuple[Any, ...]]
-    predictions: asyncio.Future[Array]
-    done: list[Array] = field(default_factory=list)
+    shape: Hashable
+    row_work: int
+    answer: asyncio.Future[Rows]
+    observed: object
+    waiting: int
+    missing: int
+    parts: list[tuple[int, Rows]] = field(default_factory=list)
+
+    def answered(self, start: int, predictions: Rows) -> None:
+        """Takes the predictions of some rows, from `start` on."""
+        self.parts.append((start, predictions))
+        self.missing -= len(predictions)
+        if self.missing == 0 and not self.answer.done():
+            whole = [part for _, part in sorted(self.parts, key=lambda item: item[0])]
+            self.answer.set_result(whole[0] if len(whole) == 1 else np.concatenate(whole))
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Rows of one call: of each ask so many, from a place on."""
+
+    shape: Hashable
+    tenant: str
+    bound: int
+    parts: list[tuple[_Ask, int, int]] = field(default_factory=list)
+    call: asyncio.Task[None] | None = None
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """What has to agree in a batch."""
-        return tuple(np.shape(value) for value in self.rows[0])
+    def rows(self) -> int:
+        return sum(rows for _, _, rows in self.parts)
+
+    @property
+    def useful_rows(self) -> int:
+        return sum(rows for ask, _, rows in self.parts if not ask.answer.done())
 
 
 class StepScheduler:
-    """Batches the rows of one model, at most `max_rows` a call, one call at a time.
+    """Batches the rows of one model, at most `bound(places)` a call for rows of so many places (height times width).
 
-    A row is a tuple of arrays and numbers. `model` takes an array for each of its places, such as latents [B, C, h, w],
-    timesteps [B] and text states [B, tokens, width] for `Row`, and returns [B, C, h, w].
-    Used as an async context manager; leaving it stops the worker and cancels whoever still waits.
+    A row is a tuple of arrays and numbers, whose first is an array [..., h, w]. `model` takes an array for each of its
+    places, such as latents [B, C, h, w], timesteps [B] and text states [B, tokens, width] for `Row`, and returns
+    [B, ...]. Used as an async context manager; leaving it stops the calls and cancels whoever still waits.
     """
 
-    def __init__(self, model: Callable[..., Awaitable[Array]], max_rows: int) -> None:
+    def __init__(
+        self, model: Callable[..., Awaitable[Rows]], bound: Callable[[int], int], observer: StepObserver | None = None
+    ) -> None:
         self._model = model
-        self._max_rows = max_rows
-        self._waiting: deque[_Waiting] = deque()
-        self._arrival = asyncio.Event()
+        self._bound = bound
+        self._observer = observer or StepObserver()
+        self._queue: FairQueue[_Ask] = FairQueue()
+        self._batches: list[_Batch] = []
+        self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._asks: set[_Ask] = set()
 
     async def __aenter__(self) -> Self:
         self._worker = asyncio.create_task(self._work(), name="step scheduler")
@@ -68,68 +110,99 @@ class StepScheduler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._worker is not None
-        self._worker.cancel()
-        await asyncio.wait([self._worker])
-        for waiting in self._waiting:
-            waiting.predictions.cancel()
-        self._waiting.clear()
+        tasks = [self._worker, *(batch.call for batch in self._batches if batch.call)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for ask in self._asks:
+            ask.answer.cancel()
 
     @property
     def waiting_rows(self) -> int:
         """Rows that no call has taken yet."""
-        return sum(len(waiting.rows) - len(waiting.done) for waiting in self._waiting)
+        return len(self._queue)
 
-    async def predict(self, rows: Sequence[tuple[Any, ...]]) -> Array:
-        """[R, C, h, w] predictions of rows of the same shapes. Cancelling withdraws the rows that no call has taken."""
-        waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._arrival.set()
-        return await waiting.predictions
+    async def predict(self, rows: Sequence[tuple[Any, ...]], tenant: str = ANONYMOUS) -> Rows:
+        """[R, ...] predictions of rows of the same shapes.
+
+        Cancelling withdraws the rows that no call has taken, and calls that are for nobody else.
+        """
+        shape = tuple(np.shape(value) for value in rows[0])
+        height, width = shape[0][-2:]
+        answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        ask = _Ask(tenant, rows, shape, height * width, answer, self._observer.asked(), len(rows), len(rows))
+        self._asks.add(ask)
+        self._queue.put(ask)
+        self._changed.set()
+        try:
+            return await answer
+        finally:
+            self._asks.remove(ask)
+            if ask.missing:
+                self._withdraw(ask)
+
+    def _withdraw(self, ask: _Ask) -> None:
+        self._queue.remove(ask)
+        for batch in self._batches:
+            if batch.call is not None and not batch.useful_rows:
+                batch.call.cancel()
 
     async def _work(self) -> None:
         while True:
-            await self._arrival.wait()
-            # One turn of the event loop: generations that the last call answered ask for their next step now, and so
-            # get into the same batch again.
-            await asyncio.sleep(0)
-            batch = self._next_batch()
-            if not batch:
-                self._arrival.clear()
-                continue
-            await self._run(batch)
+            await self._changed.wait()
+            while self._changed.is_set():
+                self._changed.clear()
+                # One turn of the event loop: generations that the last call answered ask for their next step now, and
+                # so get into the same batch again.
+                await asyncio.sleep(0)
+            while (batch := self._next_batch()) is not None:
+                self._batches.append(batch)
+                batch.call = asyncio.create_task(self._call(batch), name="model call")
+            if not self._asks:
+                self._queue.reset()
 
-    def _next_batch(self) -> list[tuple[_Waiting, Sequence[tuple[Any, ...]]]]:
-        """The rows that waited longest and whatever of their shape fits beside them; what does not fit stays first."""
-        self._waiting = deque(waiting for waiting in self._waiting if not waiting.predictions.done())
-        if not self._waiting:
-            return []
-        shape = self._waiting[0].shape
-        batch: list[tuple[_Waiting, Sequence[tuple[Any, ...]]]] = []
-        room = self._max_rows
-        for waiting in self._waiting:
-            if room == 0:
-                break
-            if waiting.shape == shape:
-                taken = waiting.rows[len(waiting.done) : len(waiting.done) + room]
-                batch.append((waiting, taken))
-                room -= len(taken)
+    def _next_batch(self) -> _Batch | None:
+        """The batch that can be sent now."""
+        turn = self._queue.turn()
+        if turn is None or len(self._batches) == MAX_CALLS:
+            return None
+        bound = self._bound(turn.first.row_work)
+        for running in self._batches:
+            if running.shape == turn.shape:
+                if self._queue.waiting(turn.shape, bound) < bound:
+                    return None
+            elif turn.time > self._queue.time_of(running.tenant, running.shape):
+                # It is the turn of rows that the running call gives back.
+                return None
+        batch = _Batch(turn.shape, turn.tenant, bound)
+
+        def took(ask: _Ask, rows: int) -> None:
+            batch.parts.append((ask, len(ask.rows) - ask.waiting, rows))
+            ask.waiting -= rows
+
+        self._queue.take(turn, bound, took)
         return batch
 
-    async def _run(self, batch: list[tuple[_Waiting, Sequence[tuple[Any, ...]]]]) -> None:
-        rows = [row for _, taken in batch for row in taken]
+    async def _call(self, batch: _Batch) -> None:
+        rows = [row for ask, start, count in batch.parts for row in ask.rows[start : start + count]]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
-            predictions = await self._model(*(_stacked(values) for values in zip(*rows, strict=True)))
+            with self._observer.calling([ask.observed for ask, _, _ in batch.parts]):
+                predictions = await self._model(*(_stacked(values) for values in zip(*rows, strict=True)))
         except Exception as error:
-            for waiting, _ in batch:
-                if not waiting.predictions.done():
-                    waiting.predictions.set_exception(error)
+            for ask, _, _ in batch.parts:
+                if not ask.answer.done():
+                    ask.answer.set_exception(error)
             return
-        start = 0
-        for waiting, taken in batch:
-            waiting.done.extend(predictions[start : start + len(taken)])
-            start += len(taken)
-            if len(waiting.done) == len(waiting.rows) and not waiting.predictions.done():
-                waiting.predictions.set_result(np.stack(waiting.done))
+        finally:
+            self._batches.remove(batch)
+            self._changed.set()
+        self._observer.called(len(rows), batch.useful_rows, batch.bound, loop.time() - began)
+        at = 0
+        for ask, start, count in batch.parts:
+            ask.answered(start, predictions[at : at + count])
+            at += count
 
 
 def _stacked(values: Sequence[Any]) -> NDArray[Any]:

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdserver.observation import Observer
+
 if TYPE_CHECKING:
     from sdserver.backends import Backend, EncodedText
     from sdserver.engines import Engine
@@ -29,8 +31,9 @@ class TextCache:
     Holds at most `max_bytes` of states. Callers that ask for the same text at the same time share one call.
     """
 
-    def __init__(self, backend: Backend, max_bytes: int) -> None:
+    def __init__(self, backend: Backend, max_bytes: int, observer: Observer | None = None) -> None:
         self._backend = backend
+        self._observer = observer or Observer()
         self._max_bytes = max_bytes
         self._bytes = 0
         self._known: OrderedDict[Key, EncodedText] = OrderedDict()
@@ -47,10 +50,12 @@ class TextCache:
         When the last caller that waits for a call is cancelled, so is the call.
         """
         key = (engine.digest, text, emphasis)
-        if (known := self._known.get(key)) is not None:
+        known = self._known.get(key)
+        call = self._running.get(key)
+        self._observer.text_asked(known=known is not None or call is not None)
+        if known is not None:
             self._known.move_to_end(key)
             return known
-        call = self._running.get(key)
         if call is None:
             call = _Call(asyncio.create_task(self._encode(key, engine), name="encode text"))
             self._running[key] = call
@@ -73,8 +78,10 @@ class TextCache:
     async def _encode(self, key: Key, engine: Engine) -> EncodedText:
         _, text, emphasis = key
         encoded = await self._backend.encode_text(engine, text, emphasis)
-        # Callers share the array.
+        # Callers share the arrays.
         encoded.states.flags.writeable = False
+        if encoded.features is not None:
+            encoded.features.flags.writeable = False
         self._known[key] = encoded
         self._bytes += encoded.states.nbytes
         while self._bytes > self._max_bytes:

@@ -1,4 +1,4 @@
-"""A Triton Inference Server of this machine's own, as a child process on the loopback interface.
+"""A Triton Inference Server of this machine's own, as a child process.
 
 The wheel `nvidia-pytriton` holds a real `tritonserver` with its Python backend; `why_not` says whether it runs here.
 
@@ -38,6 +38,10 @@ __all__ = ["Host", "TritonProcess", "TritonProcessError", "why_not"]
 log = structlog.get_logger()
 
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")
+# Parts of Triton's API that the server does without, and further ones that it uses by gRPC alone.
+NOT_FOR_OTHERS = ("shared-memory", "trace", "logging")
+NOT_BY_HTTP = ("inference", "model-config", "model-repository")
 POLL_SECONDS = 0.1
 CALL_SECONDS = 5.0
 EXIT_MARGIN_SECONDS = 2.0
@@ -72,11 +76,12 @@ class TritonProcessError(Exception):
 class TritonProcess:
     """A Triton of its own with some models of a repository: an asynchronous context manager, to be entered once.
 
-    Entering returns when all models answer; leaving stops Triton and removes what it has left behind. 0 as a port
-    chooses a free one; the attributes `grpc_port`, `http_port` and `metrics_port` say which. `exit_seconds` is how long
-    requests in flight may take when it is stopped. The log goes to `log_path`, or away when Triton is stopped.
-    `on_progress` gets a line for each model that is loaded. `executable` is another `tritonserver` than the wheel's,
-    with backends of its own, as in NVIDIA's container.
+    Entering returns when all models answer; leaving stops Triton and removes what it has left behind. It listens on
+    `host`, and `address` is where this machine finds it. 0 as a port chooses a free one; the attributes `grpc_port`,
+    `http_port` and `metrics_port` say which. `exit_seconds` is how long requests in flight may take when it is stopped.
+    After `max_connection_age_seconds` callers have to connect again, when their calls are answered. The log goes to
+    `log_path`, or away when Triton is stopped. `on_progress` gets a line for each model that is loaded. `executable` is
+    another `tritonserver` than the wheel's, with backends of its own, as in NVIDIA's container.
 
     Triton ends with the thread that entered, so that nothing goes on when this process is killed.
     """
@@ -86,22 +91,27 @@ class TritonProcess:
         model_repository: Path,
         models: Sequence[str],
         *,
+        host: str = LOOPBACK,
         grpc_port: int = 8001,
         http_port: int = 8000,
         metrics_port: int = 8002,
         start_seconds: float = 180.0,
         exit_seconds: int = 15,
+        max_connection_age_seconds: float | None = None,
         executable: Path | None = None,
         log_path: Path | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
+        self._host = host
+        self.address = LOOPBACK if host in EVERYWHERE else host
         self.grpc_port, self.http_port, self.metrics_port = (
-            _free_port() if port == 0 else port for port in (grpc_port, http_port, metrics_port)
+            _free_port(host) if port == 0 else port for port in (grpc_port, http_port, metrics_port)
         )
         self._model_repository = model_repository.resolve()
         self._models = tuple(models)
         self._start_seconds = start_seconds
         self._exit_seconds = exit_seconds
+        self._max_connection_age_seconds = max_connection_age_seconds
         self._executable = executable
         self._log_path = log_path
         self._last_log = ""
@@ -155,7 +165,7 @@ class TritonProcess:
 
     async def _start(self) -> asyncio.subprocess.Process:
         for port in (self.grpc_port, self.http_port, self.metrics_port):
-            if not _is_free(port):
+            if not _is_free(self._host, port):
                 raise TritonProcessError(f"port {port} is in use: stop what listens there, or choose another (0: any)")
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sd-triton-")))
         if self._log_path is None:
@@ -205,14 +215,21 @@ class TritonProcess:
             "id": self._id,
             "model-repository": self._model_repository,
             "model-control-mode": "explicit",
-            "grpc-address": LOOPBACK,
+            "grpc-address": self._host,
             "grpc-port": self.grpc_port,
-            "http-address": LOOPBACK,
+            "http-address": self._host,
             "http-port": self.http_port,
-            "metrics-address": LOOPBACK,
+            "metrics-address": self._host,
             "metrics-port": self.metrics_port,
             "exit-timeout-secs": self._exit_seconds,
         }
+        if self._max_connection_age_seconds is not None:
+            options["grpc-max-connection-age"] = round(self._max_connection_age_seconds * 1000)
+        if self._host != LOOPBACK:
+            # Others of the network get what the server needs. The header that would open the rest is told to nobody.
+            header = f"sd-triton={uuid.uuid4().hex}"
+            options["grpc-restricted-protocol"] = f"{','.join(NOT_FOR_OTHERS)}:{header}"
+            options["http-restricted-api"] = f"{','.join((*NOT_FOR_OTHERS, *NOT_BY_HTTP))}:{header}"
         python_backend = {
             "shm-region-prefix-name": self._id,
             # Bytes a model, for the tensors on their way; more is taken where a batch needs more.
@@ -231,7 +248,7 @@ class TritonProcess:
         started = time.monotonic()
         loaded: dict[str, None] = {}
         self._on_progress(f"Triton loads {', '.join(self._models)}")
-        client = InferenceServerClient(f"{LOOPBACK}:{self.grpc_port}", channel_args=CHANNEL_OPTIONS)
+        client = InferenceServerClient(f"{self.address}:{self.grpc_port}", channel_args=CHANNEL_OPTIONS)
         try:
             while not await self._is_ready(client):
                 if process.returncode is not None:
@@ -293,19 +310,19 @@ class TritonProcess:
                 await asyncio.to_thread(select.select, [self._lifeline], [], [], KILLED_SECONDS)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As servers do: a port whose last connections have just been closed is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
 
 
-def _free_port() -> int:
-    return next(port for port in random.sample(FREE_PORTS, len(FREE_PORTS)) if _is_free(port))
+def _free_port(host: str) -> int:
+    return next(port for port in random.sample(FREE_PORTS, len(FREE_PORTS)) if _is_free(host, port))
 
 
 def _joined(*folders: str | None) -> str:

@@ -96,13 +96,24 @@ class Grid:
     def __len__(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is one window, which is the whole picture as it lies."""
+        return len(self) == 1 and not (self.rows.ring or self.columns.ring)
+
     def split(self, whole: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """[..., size, size] each window's part of a picture."""
+        if self.whole:
+            yield whole
+            return
         for rows, columns in product(self.rows.places(), self.columns.places()):
             yield whole[..., rows[:, None], columns]
 
     def join(self, parts: Iterable[NDArray[Any]]) -> Floats:
         """[..., height, width] what was computed in the windows, in their order, as one picture."""
+        if self.whole:
+            [part] = parts
+            return part
         return self.sum(self.weighted(parts))
 
     def weighted(self, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:

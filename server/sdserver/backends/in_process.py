@@ -49,6 +49,8 @@ class InProcessBackend:
     """The same model code that Triton runs, one call at a time in a thread of its own."""
 
     def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
+        # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._engines = model_repository / "engines"
         self._models: dict[str, _Models] = {}
@@ -117,7 +119,6 @@ class InProcessBackend:
 
     def _load_safety_model(self, safety_model: SafetyModel, folder: Path) -> None:
         try:
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from sdmodels.safety import SafetyClassifier
 
             self._classifier = SafetyClassifier(folder)
@@ -126,8 +127,6 @@ class InProcessBackend:
 
     def _load(self, engine: Engine, folder: Path) -> None:
         try:
-            # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.clip_guidance import ClipGuidance
             from sdmodels.cores import physical_cores

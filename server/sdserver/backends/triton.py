@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
-from tritonclient.grpc import InferInput
+from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from sdserver.backends import EncodedText
+from sdserver.backends.shared_memory import SharedMemory
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
@@ -35,20 +38,27 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Where a name stands for several Tritons, calls go to each in turn, and past one that cannot be reached.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 ]
 READY_SECONDS = 2.0
 
 # What Triton answers to calls of a model whose Python process has died. It goes on calling that model ready.
 DEAD_STUB = "not healthy"
 
+# What Triton answers to calls that name memory which it knew before it was started anew.
+LOST_REGION = "Unable to find shared memory region"
+ALIGNMENT = 64
+
 
 class TritonBackend:
-    """A client of one Triton server at `url`, "host:port"."""
+    """A client of the Triton at `url`, "host:port", or of all the Tritons that the name stands for."""
 
     def __init__(self, url: str, safety_model: SafetyModel | None = None) -> None:
         self._url = url
         self._safety_models: tuple[str, ...] = () if safety_model is None else (safety_model.model,)
         self._client = InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
+        self._memory = SharedMemory(self._client, url)
         self._reloads: dict[str, asyncio.Task[None]] = {}
 
     async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
@@ -68,16 +78,19 @@ class TritonBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
-        (prediction,) = await self._infer(engine.model("unet"), inputs, ("prediction",))
-        return prediction
+        return await self._mapped(engine.model("unet"), inputs, "prediction", latents.shape, np.float32)
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
-        (image,) = await self._infer(engine.model("vae_decoder"), {"latents": latents}, ("image",))
-        return image
+        rows, _, height, width = latents.shape
+        scale = engine.latents.downsampling
+        shape = rows, height * scale, width * scale, 3
+        return await self._mapped(engine.model("vae_decoder"), {"latents": latents}, "image", shape, np.uint8)
 
     async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
-        (latents,) = await self._infer(engine.model("vae_encoder"), {"image": pixels}, ("latents",))
-        return latents
+        rows, height, width, _ = pixels.shape
+        scale = engine.latents.downsampling
+        shape = rows, engine.latents.channels, height // scale, width // scale
+        return await self._mapped(engine.model("vae_encoder"), {"image": pixels}, "latents", shape, np.float32)
 
     async def classify(self, pictures: Pixels) -> Floats:
         (model,) = self._safety_models
@@ -93,8 +106,7 @@ class TritonBackend:
             "seed": seeds[:, None],
             "cutouts": cutouts[:, None].astype(np.int32),
         }
-        (gradient,) = await self._infer(engine.model("clip_guidance"), inputs, ("gradient",))
-        return gradient
+        return await self._mapped(engine.model("clip_guidance"), inputs, "gradient", latents.shape, np.float32)
 
     async def unet_gradient(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
@@ -105,8 +117,7 @@ class TritonBackend:
             "text_states": text_states,
             "gradient": gradients,
         }
-        (gradient,) = await self._infer(engine.model("unet_gradient"), inputs, ("latent_gradient",))
-        return gradient
+        return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", latents.shape, np.float32)
 
     async def load(self, engine: Engine) -> None:
         await asyncio.gather(*(self._changed(self._client.load_model(model), model) for model in engine.models))
@@ -136,7 +147,52 @@ class TritonBackend:
         for reload in self._reloads.values():
             reload.cancel()
         await asyncio.gather(*self._reloads.values(), return_exceptions=True)
+        await self._memory.close()
         await self._client.close()
+
+    async def _mapped(
+        self,
+        model: str,
+        inputs: dict[str, NDArray[Any]],
+        output: str,
+        shape: tuple[int, ...],
+        dtype: type[np.generic],
+    ) -> NDArray[Any]:
+        """The output, of a shape and type that are known, of one call; through shared memory where there is some."""
+        sizes = [*(array.nbytes for array in inputs.values()), math.prod(shape) * np.dtype(dtype).itemsize]
+        *starts, end = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+        block = await self._memory.take(end)
+        if block is None:
+            [answer] = await self._infer(model, inputs, (output,))
+            return answer
+        tensors = []
+        for (name, array), start in zip(inputs.items(), starts, strict=False):
+            np.ndarray(array.shape, array.dtype, block.memory, start)[...] = array
+            tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+            tensor.set_shared_memory(block.region, array.nbytes, start)
+            tensors.append(tensor)
+        wanted = InferRequestedOutput(output)
+        wanted.set_shared_memory(block.region, sizes[-1], starts[-1])
+        try:
+            result = await self._client.infer(model, tensors, outputs=[wanted])
+        except InferenceServerException as error:
+            if LOST_REGION in (error.message() or ""):
+                self._memory.forget()
+                [answer] = await self._infer(model, inputs, (output,))
+                return answer
+            # Without an answer nobody knows whether Triton still writes.
+            self._memory.abandon(block)
+            raise self._translated(model, error) from error
+        except BaseException:
+            self._memory.abandon(block)
+            raise
+        if (said := result.get_output(output)) is None or tuple(said.shape) != shape:
+            self._memory.give_back(block)
+            raise GenerationFailed(f"{model} answered without {output} of {shape}", "MODEL_ERROR", model=model)
+        # The block is written again by the next call.
+        mapped: NDArray[Any] = np.ndarray(shape, dtype, block.memory, starts[-1]).copy()
+        self._memory.give_back(block)
+        return mapped
 
     async def _infer(self, model: str, inputs: dict[str, NDArray[Any]], outputs: tuple[str, ...]) -> list[NDArray[Any]]:
         """The named outputs of one call. The arrays are read-only views of the answer."""

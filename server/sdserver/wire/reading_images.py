@@ -137,11 +137,8 @@ class ImageFields:
                         f"{first} is not an integer from {engine.limits.min_size} to {size}, the {name} of the result"
                     )
             else:
-                first = round(size * scale)
+                first = min(max(round(size * scale), engine.limits.min_size), size)
                 if tiled:
-                    first = max(round(first / engine.limits.size_multiple), 1) * engine.limits.size_multiple
-                first = min(max(first, engine.limits.min_size), size)
-                if self._message.tile_x if name == "width" else self._message.tile_y:
                     # Only a multiple can be tiled, and the result's size is one.
                     multiple = engine.limits.size_multiple
                     first = max(round(first / multiple), 1) * multiple

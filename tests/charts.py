@@ -1,0 +1,194 @@
+"""The Helm chart, rendered in process; `python tests/charts.py` writes what is derived from it (`make chart`).
+
+The one place that knows `helm_python`, which has Helm's own engine inside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import yaml
+
+CHART = Path(__file__).parents[1] / "helm"
+README = CHART / "README.md"
+GOLDEN = CHART / "golden"
+VALUES = {
+    path.name.removesuffix("-values.yaml"): path
+    for folder in ("ci", "examples")
+    for path in sorted((CHART / folder).glob("*-values.yaml"))
+}
+RELEASE, NAMESPACE = "sd", "images"
+TABLE_START, TABLE_END = "<!-- values: written by `make chart` -->\n", "<!-- end of values -->\n"
+
+Object = dict[str, Any]
+
+
+class ChartRefused(Exception):
+    """The values are refused, by the schema or by one of the chart's own checks; has their sentences."""
+
+
+@cache
+def _chart() -> helm_python.Chart:
+    return helm_python.Chart.load(CHART)
+
+
+@cache
+def schema() -> Object:
+    loaded: Object = json.loads((CHART / "values.schema.json").read_text())
+    return loaded
+
+
+def values_of(name: str) -> Object:
+    """The values of a file of ci/ or examples/."""
+    loaded: Object = yaml.safe_load(VALUES[name].read_text())
+    return loaded
+
+
+def defaults() -> Object:
+    loaded: Object = yaml.safe_load((CHART / "values.yaml").read_text())
+    return loaded
+
+
+def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
+    """Rendered templates by file, without the empty ones. Raises ChartRefused."""
+    try:
+        files: dict[str, str] = _chart().render(values, name=name, namespace=namespace)
+    except (helm_python.HelmValuesError, helm_python.HelmRenderError) as error:
+        if isinstance(error, helm_python.HelmRenderError) and "sd-service: " not in str(error):
+            raise
+        raise ChartRefused(str(error)) from error
+    return {Path(file).name: text.strip() for file, text in sorted(files.items()) if text.strip()}
+
+
+def render(values: Object, name: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
+    """All objects of a release. Raises ChartRefused."""
+    objects: list[Object] = json.loads(_rendered(json.dumps(values), name, namespace))
+    return objects
+
+
+@cache
+def _rendered(values: str, name: str, namespace: str) -> str:
+    files = templates(json.loads(values), name, namespace)
+    files.pop("NOTES.txt")
+    # The same as safe_load, in C.
+    return json.dumps([each for text in files.values() for each in yaml.load_all(text, yaml.CSafeLoader) if each])
+
+
+def notes(values: Object) -> str:
+    return templates(values)["NOTES.txt"]
+
+
+def golden(values: Object) -> str:
+    """A release as one text for the eye and for git."""
+    files = templates(values)
+    words = "\n".join(f"# {line}".rstrip() for line in files.pop("NOTES.txt").splitlines())
+    parts = [
+        f"---\n# {name}\n{re.sub(chr(10) + '(?: *' + chr(10) + ')+', chr(10), text)}\n" for name, text in files.items()
+    ]
+    return "".join(parts).replace("---\n---\n", "---\n") + words + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One value of values.yaml and what its comment says."""
+
+    path: str
+    default: str
+    text: str
+
+
+def documented_values() -> list[Line]:
+    """All values in their order; each has a comment above it."""
+    lines: list[Line] = []
+    above: list[tuple[int, str]] = []
+    comment: list[str] = []
+    flat = _leaves(defaults())
+    for line in (CHART / "values.yaml").read_text().splitlines()[1:]:
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith("# "):
+            comment.append(line.strip()[2:])
+            continue
+        if match := re.match(r" *([A-Za-z]+):", line):
+            above = [(depth, key) for depth, key in above if depth < indent] + [(indent, match[1])]
+            path = ".".join(key for _, key in above)
+            if path in flat:
+                default = json.dumps(flat[path])
+                lines.append(Line(path, default, " ".join(comment)))
+        comment = []
+    return lines
+
+
+def _leaves(values: Object, above: str = "") -> dict[str, Any]:
+    """Values by their dotted path. Maps that users fill (labels, resources) and lists are values as a whole."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{above}{key}"
+        whole = not isinstance(value, dict) or not value or set(value) & {"cpu", "memory", "grafana_dashboard"}
+        found |= {path: value} if whole else _leaves(value, f"{path}.")
+    return found
+
+
+def leaves() -> dict[str, Any]:
+    """All values of values.yaml by their dotted path."""
+    return _leaves(defaults())
+
+
+def values_table() -> str:
+    rows = [f"| `{line.path}` | `{line.default}` | {line.text} |" for line in documented_values()]
+    return "\n".join(["| value | default | what it means |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def readme() -> str:
+    """The README as it should be: with the table of the values as they are."""
+    before, rest = README.read_text().split(TABLE_START)
+    _, after = rest.split(TABLE_END)
+    return f"{before}{TABLE_START}{values_table()}{TABLE_END}{after}"
+
+
+def write() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    for stale in set(GOLDEN.glob("*.yaml")) - {GOLDEN / f"{name}.yaml" for name in VALUES}:
+        stale.unlink()
+    for name in VALUES:
+        (GOLDEN / f"{name}.yaml").write_text(golden(values_of(name)))
+    README.write_text(readme())
+
+
+def pod_templates(objects: list[Object]) -> list[tuple[Object, Object]]:
+    """Each object that has or is a pod, with its pod: its `metadata` and `spec`."""
+    found = []
+    for each in objects:
+        if each["kind"] == "Pod":
+            found.append((each, each))
+        elif each["kind"] in ("Deployment", "Job"):
+            found.append((each, each["spec"]["template"]))
+    return found
+
+
+def containers(pod: Object) -> list[Object]:
+    """All containers of a pod, the initial ones first."""
+    found: list[Object] = [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+    return found
+
+
+def environment(container: Object) -> dict[str, str]:
+    """The variables that stand in the manifest itself."""
+    return {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
+
+
+def of_kind(objects: list[Object], kind: str, component: str = "") -> list[Object]:
+    return [
+        each
+        for each in objects
+        if each["kind"] == kind and component in ("", each["metadata"]["labels"].get("app.kubernetes.io/component"))
+    ]
+
+
+if __name__ == "__main__":
+    write()
