@@ -49,6 +49,18 @@ def test_every_query_is_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+async def test_the_python_runs_with_a_key(settings: ServeSettings, tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    keys = tmp_path / "keys"
+    keys.write_text("alice alice-key-0123456789\n")
+    async with Server(settings.model_copy(update={"api_keys": keys}), FakeBackend()) as server:
+        code = code.replace("localhost:50051", f"127.0.0.1:{server.port}")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code), env={"SDCLIENT_API_KEY": "alice-key-0123456789"}
+        )
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+
+
 async def test_the_script_draws_what_a_server_sends(
     settings: ServeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from calls import a_request, events_of, failure_of
 from fakes import FakeBackend
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdserver.metrics import MAX_TENANTS, Metrics
@@ -237,6 +238,16 @@ async def test_the_table_of_the_documents_is_what_a_scrape_has(
     names = {family.name + "_total" * (family.type == "counter") for family in families if family.samples}
     assert {name for name in names if name.startswith("sdserver_")} == documented()
     assert "process_resident_memory_bytes" in names
+
+
+async def test_prometheus_gets_the_format_that_it_asks_for(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    with await asyncio.to_thread(urllib.request.urlopen, request) as answer:
+        assert "openmetrics" in answer.headers["Content-Type"]
+        parse: Any = openmetrics_families
+        families = [family.name for family in parse(answer.read().decode())]
+    assert "sdserver_queue_seconds" in families
 
 
 async def test_promtool_has_nothing_to_say(stub: GenerationServiceAsyncStub, server: Server) -> None:

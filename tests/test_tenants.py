@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sdapi.v1 import generation_pb2
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdclient import AsyncClient, AuthenticationError, Tls, UnavailableError
+from sdclient.__main__ import main as sdclient_main
 from sdserver.errors import Unauthenticated
 from sdserver.observation import ANONYMOUS, Observer
 from sdserver.server import Server, ServerError
@@ -317,6 +318,24 @@ async def test_both_clients_trust_the_authority_that_they_are_told(
                 with pytest.raises(UnavailableError, match="tls") as caught:
                     await client.engines(timeout=5)
                 assert caught.value.code == "UNAVAILABLE"
+
+
+async def test_the_command_line_shows_a_key_over_mutual_tls(
+    settings: ServeSettings, backend: FakeBackend, authority: Authority, keys: Path, tmp_path: Path
+) -> None:
+    certificate, key = authority.issue("client")
+    (tmp_path / "key").write_text(f"{ALICE}\n")
+    strict = with_tls(settings, authority, tls_client_ca=authority.ca, api_keys=keys)
+    async with Server(strict, backend) as server:
+        flags = {
+            "--server": f"127.0.0.1:{server.port}",
+            "--api-key-file": tmp_path / "key",
+            "--tls": authority.ca,
+            "--tls-certificate": certificate,
+            "--tls-private-key": key,
+        }
+        arguments = [str(part) for flag in flags.items() for part in flag]
+        assert await asyncio.to_thread(sdclient_main, ["engines", "--json", *arguments]) == 0
 
 
 async def test_mutual_tls_wants_a_certificate_of_its_authority(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdclient import AsyncClient, Client
 from sdserver.server import Server
-from sdserver.traces import Traces, headers
+from sdserver.traces import CLOSE_SECONDS, Traces, headers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -264,6 +265,17 @@ async def test_spans_reach_a_collector_before_the_server_has_ended(
     assert {"unet batch", *STAGES} <= set(names)
     attributes = {each.key: each.value.string_value for each in collector.resources[0].resource.attributes}
     assert attributes.items() >= {"service.name": "sdserver", "deployment.environment": "test"}.items()
+
+
+async def test_a_collector_that_is_not_there_keeps_no_server_from_serving_and_from_ending(
+    settings: ServeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    async with Server(settings.model_copy(update={"traces": True}), FakeBackend()) as server:
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            assert await client.generate("a lake", steps=2)
+        start = time.monotonic()
+    assert time.monotonic() - start < 2 * CLOSE_SECONDS
 
 
 def test_a_client_without_opentelemetry_does_not_import_it() -> None:

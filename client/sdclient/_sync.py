@@ -31,6 +31,8 @@ class Client:
 
     Every method raises SDError (see its subclasses). A call that finds no server or a busy one is repeated a few times,
     as long as nothing of its answer has arrived, and within its timeout.
+
+    Where the caller's program uses OpenTelemetry, a call is a part of the trace that is active then.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ app.kubernetes.io/component: {{ .component | quote }}
 {{- end -}}
 
 {{- define "sd-service.server.image" -}}
-{{- include "sd-service.image" (dict "root" . "image" .Values.server.image "suffix" "") -}}
+{{- include "sd-service.image" (dict "root" . "image" .Values.server.image "suffix" (empty .Values.signing.existingSecret | ternary "" "-signing")) -}}
 {{- end -}}
 
 {{- define "sd-service.triton.image" -}}

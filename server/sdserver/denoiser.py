@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from sdserver.step_scheduler import Row
 from sdserver.windows import Cover, Grid, cover
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sdserver.clip_guidance import ClipGuide
     from sdserver.guidance import Guidance
     from sdserver.request import GenerationRequest
@@ -23,8 +26,17 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How predictions under R text states, each [tokens, width], become the guided one and, for guidance rescale, the
+    conditional one: weights [1 or 2, R]."""
+
+    weights: Array
+    text_states: Sequence[Array]
+
+
 class Denoiser:
-    """Answers the queries of one image of a request."""
+    """Answers the queries of one pass of an image."""
 
     def __init__(
         self,
@@ -37,6 +49,8 @@ class Denoiser:
         self._guidance = guidance
         self._scheduler = scheduler
         self._clip = clip
+        self._forms: dict[tuple[float, ...], _Form] = {}
+        self._windows: Grid | None = None
         self.unet_rows = 0
         """UNet rows computed so far."""
         self.pixel_steps = 0
@@ -49,15 +63,12 @@ class Denoiser:
 
     async def __call__(self, query: Query) -> Array:
         """[C, h, w] x0 as the sum of the rows' predictions; rows that add nothing are not computed."""
-        request, guidance, engine = self._request, self._guidance, self._request.engine
-        forms = [guidance.coefficients(query.step, request.steps)]
-        if request.guidance_rescale != 0 and forms[0] != guidance.conditional:
-            forms.append(guidance.conditional)
-        weights = np.array(forms, np.float32)
-        used = np.flatnonzero(weights.any(axis=0))
-        predictions = await self._predict(query, guidance.text_states[used])
+        request, engine = self._request, self._request.engine
+        form = self._form(self._guidance.coefficients(query.step, request.steps))
+        predictions = await self._predict(query, form.text_states)
         # x0 is affine in the prediction and the weights sum to 1, so guiding the predictions is guiding x0.
-        prediction, *conditional = np.tensordot(weights[:, used], predictions, axes=1)
+        flat = np.dot(form.weights, predictions.reshape(len(predictions), -1))
+        prediction, *conditional = flat.reshape(-1, *predictions.shape[1:])
         factor = 1.0
         if conditional:
             factor = rescale_factor(prediction, conditional[0], request.guidance_rescale)
@@ -71,13 +82,24 @@ class Denoiser:
         if clip.unet_gradients is None:
             shift = variance(query.sigma) * gradient
         else:
-            row_weights = np.float32(factor) * weights[0, used]
-            pulled_back = await self._pull_back(query, guidance.text_states[used], row_weights, gradient)
+            row_weights = np.float32(factor) * form.weights[0]
+            pulled_back = await self._pull_back(query, form.text_states, row_weights, gradient)
             shift = query.sigma**2 * pulled_back
         return steered(x0, gradient, shift, query.sigma, clip.options.scale)
 
-    async def _predict(self, query: Query, text_states: Array) -> Array:
-        """[R, C, h, w] predictions of the UNet under text states [R, tokens, width], window by window.
+    def _form(self, coefficients: tuple[float, ...]) -> _Form:
+        form = self._forms.get(coefficients)
+        if form is None:
+            conditional = self._guidance.conditional
+            rescaled = self._request.guidance_rescale != 0 and coefficients != conditional
+            weights = np.array([coefficients, conditional] if rescaled else [coefficients], np.float32)
+            used = np.flatnonzero(weights.any(axis=0))
+            form = _Form(weights[:, used], [self._guidance.text_states[row] for row in used])
+            self._forms[coefficients] = form
+        return form
+
+    async def _predict(self, query: Query, text_states: Sequence[Array]) -> Array:
+        """[R, C, h, w] predictions of the UNet under R text states [tokens, width], window by window.
 
         Blending predictions is blending x0, which is affine in them at one noise level.
         """
@@ -89,12 +111,16 @@ class Denoiser:
         predictions = await self._scheduler.predict(rows, self._request.tenant)
         self.unet_rows += len(rows)
         self.pixel_steps += len(rows) * parts[0][0].size * engine.latents.downsampling**2
+        if grid.whole:
+            return predictions
         return np.stack([grid.join(each) for each in np.split(predictions, len(text_states))])
 
     def _grid(self, latents: Array) -> Grid:
-        """The windows in which the UNet sees latents [C, h, w]."""
-        _, height, width = latents.shape
-        return Grid(self._cover(height, self._request.tile_y), self._cover(width, self._request.tile_x))
+        """The windows in which the UNet sees latents [C, h, w], which are of the same size in all queries."""
+        if self._windows is None:
+            _, height, width = latents.shape
+            self._windows = Grid(self._cover(height, self._request.tile_y), self._cover(width, self._request.tile_x))
+        return self._windows
 
     def _cover(self, length: int, ring: bool) -> Cover:
         windows, scale = self._request.windows, self._request.engine.latents.downsampling
@@ -104,7 +130,7 @@ class Denoiser:
             size, overlap = length, 0
         return cover(length, size, overlap, ring=ring)
 
-    async def _pull_back(self, query: Query, text_states: Array, weights: Array, gradient: Array) -> Array:
+    async def _pull_back(self, query: Query, text_states: Sequence[Array], weights: Array, gradient: Array) -> Array:
         """[C, h, w] the gradient by `query.x`, of the gradient [C, h, w] by x0 that `_predict` and weights [R] led to.
 
         The factor of `guidance_rescale` is taken for constant.

@@ -88,8 +88,14 @@ class Pipeline:
                     guidance, target, prompt_usage = await self._encode(request)
             encoded = time.monotonic()
             yield Accepted(request, place.position, prompt_usage)
+            if place.position > 0:
+                # A thousand that wait would hold hundreds of megabytes of text states.
+                del guidance, target
             with self._observer.stage(request.engine.id, "queue"):
                 await place.started()
+            if place.position > 0:
+                async with self._time_limit():
+                    guidance, target, _ = await self._encode(request)
             outbox = Outbox()
             clip_guide = schedulers.clip_guide(request, target)
             generation = Generation(

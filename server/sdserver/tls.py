@@ -21,8 +21,18 @@ def server_credentials(certificate: Path, private_key: Path, client_ca: Path | N
     """
     paths = [path for path in (certificate, private_key, client_ca) if path is not None]
     files = WatchedFiles(paths, lambda: _configuration(certificate, private_key, client_ca))
+    served = files.current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """What gRPC asks before each handshake; None: as before."""
+        nonlocal served
+        before, served = served, files.current()
+        return None if served is before else served
+
     return grpc.dynamic_ssl_server_credentials(
-        files.current(), files.current, require_client_authentication=client_ca is not None
+        served,
+        changed,  # type: ignore[arg-type]  # its stub does not know None
+        require_client_authentication=client_ca is not None,
     )
 
 

@@ -6,6 +6,7 @@ denoising of each, and from it. What is sent where is up to the standard variabl
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from sdserver.observation import Call, Stage, StepModel
 
+CLOSE_SECONDS = 3.0
 # gRPC's codes that are the server's fault, as OpenTelemetry's conventions for RPC have them.
 FAULTS = {"unknown", "deadline_exceeded", "unimplemented", "internal", "unavailable", "data_loss"}
 
@@ -44,8 +46,11 @@ class Traces(Observer):
         self._tracer = self._provider.get_tracer("sdserver")
 
     def close(self) -> None:
-        """Sends what has not been sent yet; takes as long as OTEL_BSP_EXPORT_TIMEOUT lets it."""
-        self._provider.shutdown()
+        """Sends what has not been sent yet, as far as that can be done in CLOSE_SECONDS."""
+        # Its own time limits are longer than a pod may take to end where the collector cannot be reached.
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:

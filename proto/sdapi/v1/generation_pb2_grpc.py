@@ -28,11 +28,16 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Generates images from weighted prompts with a Stable Diffusion engine.
 
+    A server may want an API key with every call, in the metadata `authorization: Bearer KEY`. A `traceparent`
+    (https://www.w3.org/TR/trace-context/) makes the call a part of the caller's trace.
+
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
     INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
     prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
     only looked at with a guidance scale below 1, where they would be drawn
+    UNAUTHENTICATED     no API key (ErrorInfo's reason is API_KEY_MISSING or API_KEY_MALFORMED) or an unknown one
+    (API_KEY_INVALID)
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -62,11 +67,16 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Generates images from weighted prompts with a Stable Diffusion engine.
 
+    A server may want an API key with every call, in the metadata `authorization: Bearer KEY`. A `traceparent`
+    (https://www.w3.org/TR/trace-context/) makes the call a part of the caller's trace.
+
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
     INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
     prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
     only looked at with a guidance scale below 1, where they would be drawn
+    UNAUTHENTICATED     no API key (ErrorInfo's reason is API_KEY_MISSING or API_KEY_MALFORMED) or an unknown one
+    (API_KEY_INVALID)
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
@@ -114,11 +124,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Generates images from weighted prompts with a Stable Diffusion engine.
 
+    A server may want an API key with every call, in the metadata `authorization: Bearer KEY`. A `traceparent`
+    (https://www.w3.org/TR/trace-context/) makes the call a part of the caller's trace.
+
     Every failure is a gRPC status, never an event. Each carries a `google.rpc.ErrorInfo` (domain `sdapi`) and, where it
     helps, `google.rpc.BadRequest` (all bad fields at once) or `google.rpc.RetryInfo`:
     INVALID_ARGUMENT    the request is wrong; see the field violations. ErrorInfo's reason is PROMPT_BLOCKED where a
     prompt, by `text` or `clip_guidance.prompt`, is on the server's block list; negative prompts are
     only looked at with a guidance scale below 1, where they would be drawn
+    UNAUTHENTICATED     no API key (ErrorInfo's reason is API_KEY_MISSING or API_KEY_MALFORMED) or an unknown one
+    (API_KEY_INVALID)
     NOT_FOUND           no such engine
     UNIMPLEMENTED       the field is part of the contract, but this server cannot do it yet
     RESOURCE_EXHAUSTED  the queue is full; retry after `RetryInfo.retry_delay`
