@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format proto bench serve train evaluate clean
+.PHONY: demo test check format proto bench serve chart check-helm check-images train evaluate clean
 
 demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
 	$(BIN)/python examples/demo.py
@@ -36,6 +36,17 @@ bench: .venv/.ready ## Measure import time, the cost of the server and of files,
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up
 
+chart: .venv/.ready ## Write what follows from the Helm chart: its golden files, and the table in its README.
+	$(BIN)/python tests/charts.py
+
+check-helm: .venv/.ready .venv/checkov/.ready ## The chart, further than `make test`: operators' definitions, random values, checkov.
+	npm ci --prefix tests/custom_resources
+	CHART_EXAMPLES=500 $(BIN)/python -m pytest tests/test_helm_*.py
+	.venv/checkov/bin/checkov --directory helm/golden --config-file helm/checkov.yaml
+
+check-images: .venv/.ready ## The server's image, by the steps of its Dockerfile in a folder of its own.
+	CHECK_IMAGES=1 $(BIN)/python -m pytest -s tests/test_images.py
+
 train: .venv/.ready ## Make an engine from nothing: world, autoencoder, CLIP, UNet, evaluation, card. Hours; resumes.
 	OMP_WAIT_POLICY=PASSIVE nice -n 19 $(BIN)/python -m training
 
@@ -46,6 +57,12 @@ evaluate: .venv/.ready ## Measure the engine that is being made, and write its c
 
 .venv/.ready: pyproject.toml scripts/setup
 	PYTHON="$(PYTHON)" scripts/setup
+
+# In an environment of its own: it wants older versions of what the tests need.
+.venv/checkov/.ready: .venv/.ready
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
+	touch $@
 
 clean: ## Remove what the other targets made.
 	rm -rf .venv out

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdserver import cost_model
+from sdserver.backends.triton import TritonBackend
+from sdserver.calibrate import measure
 from sdserver.engines import load_catalog
 from sdserver.observation import Observer, StepObserver
 from sdserver.settings import ServeSettings
@@ -65,6 +70,20 @@ async def triton() -> AsyncIterator[ServeSettings]:
     models = load_catalog(settings.model_repository).default.models
     async with TritonProcess(settings.model_repository, models, grpc_port=0, http_port=0, metrics_port=0) as process:
         yield settings.model_copy(update={"triton_url": f"127.0.0.1:{process.grpc_port}"})
+
+
+@asynccontextmanager
+async def calibrated(settings: ServeSettings) -> AsyncIterator[ServeSettings]:
+    """The settings with cost models of what was just measured, as `sdserver calibrate` would."""
+    engine = load_catalog(settings.model_repository).default
+    backend = TritonBackend(settings.triton_url)
+    try:
+        measurements = await measure(engine, backend, seconds=20)
+    finally:
+        await backend.close()
+    with tempfile.TemporaryDirectory() as folder:
+        cost_model.write(Path(folder), engine, cost_model.fit(measurements), measurements)
+        yield settings.model_copy(update={"cost_models": Path(folder)})
 
 
 def quantile(values: Sequence[float], share: float) -> float:

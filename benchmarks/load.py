@@ -32,7 +32,7 @@ from sdserver.backends.triton import TritonBackend
 from sdserver.engines import load_catalog
 from sdserver.server import Server
 
-from benchmarks.harness import Calls, machine, quantile, spread, triton
+from benchmarks.harness import Calls, calibrated, machine, quantile, spread, triton
 from benchmarks.one_image import diffusers_pipeline
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ async def measure(rounds: int, seconds: float) -> tuple[dict[str, Arm], list[flo
     """All arms, and the shares of the engine's own rate that ours reached."""
     arms = {name: Arm(name) for name in ("ours", "request-level", "serial", "diffusers")}
     shares: list[float] = []
-    async with triton() as settings:
+    async with triton() as plain, calibrated(plain) as settings:
         engine = load_catalog(settings.model_repository).default
         folder = settings.model_repository / "engines" / engine.id
         pipelines = {steps: diffusers_pipeline(engine, folder, steps) for steps in STEPS}

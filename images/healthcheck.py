@@ -1,4 +1,4 @@
-"""Docker's health check: `python healthcheck.py server | triton` exits with 0 where it is ready, with 1 where it is not."""
+"""Docker's health check: `python healthcheck.py server | triton` exits with 0 where it is ready, else with 1."""
 
 from __future__ import annotations
 

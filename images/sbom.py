@@ -1,11 +1,11 @@
-"""Writes what is installed beside this interpreter as a bill of materials, CycloneDX 1.6: `python sbom.py > sbom.cdx.json`.
+"""Writes what is installed beside this interpreter as a CycloneDX 1.6 bill of materials to standard output.
 
-Names, versions, licences and files' digests of Python packages. What the base image holds is `docker buildx --sbom`'s.
+Names, versions and licences of Python packages; the locks have their digests. What the base image holds says
+`docker buildx build --sbom=true`.
 """
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import json
 import re
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def component(package: importlib.metadata.Distribution) -> dict[str, Any]:
-    """A package as CycloneDX has it. Its digest is that of RECORD, which has the digests of all its files."""
+    """A package as CycloneDX has it."""
     name = re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower()
     found: dict[str, Any] = {
         "type": "library",
@@ -25,20 +25,15 @@ def component(package: importlib.metadata.Distribution) -> dict[str, Any]:
     }
     licence = package.metadata.get("License-Expression")
     words = package.metadata.get("License") or ""
-    classified = [each.rsplit(" :: ", 1)[-1] for each in package.metadata.get_all("Classifier", []) if "License ::" in each]
+    classified = [
+        each.rsplit(" :: ", 1)[-1] for each in package.metadata.get_all("Classifier", []) if "License ::" in each
+    ]
     if licence:
         found["licenses"] = [{"expression": licence}]
     elif classified:
         found["licenses"] = [{"license": {"name": each}} for each in classified]
     elif words and "\n" not in words:
         found["licenses"] = [{"license": {"name": words}}]
-    files = [
-        {"name": f"{name}:file", "value": f"{file}={_hexadecimal(file.hash.value)}"}
-        for file in package.files or ()
-        if file.hash is not None and file.hash.mode == "sha256" and str(file).endswith(".so")
-    ]
-    if files:
-        found["properties"] = files
     return found
 
 
@@ -52,10 +47,6 @@ def bill() -> dict[str, Any]:
         "metadata": {"component": {"type": "container", "name": "sd-service"}},
         "components": [component(packages[name]) for name in sorted(packages, key=str.lower)],
     }
-
-
-def _hexadecimal(digest: str) -> str:
-    return base64.urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()
 
 
 if __name__ == "__main__":

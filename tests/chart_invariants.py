@@ -169,6 +169,17 @@ def probes_have_one_handler_and_their_port(objects: list[Object]) -> Iterator[st
                 yield f"{_title(each)}: liveness and readiness are the same"
 
 
+def what_runs_for_ever_has_probes(objects: list[Object]) -> Iterator[str]:
+    for each in of_kind(objects, "Deployment"):
+        for container in containers(each["spec"]["template"]):
+            initial = container in each["spec"]["template"]["spec"].get("initContainers", [])
+            if initial and container.get("restartPolicy") != "Always":
+                continue
+            for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+                if name not in container:
+                    yield f"{_title(each)}: {container['name']} has no {name}"
+
+
 def resources_are_consistent(objects: list[Object]) -> Iterator[str]:
     for each, pod in pod_templates(objects):
         for container in containers(pod):
@@ -369,6 +380,7 @@ LAWS: list[Callable[[list[Object]], Iterator[str]]] = [
     selectors_hit_exactly_their_component,
     named_ports_exist,
     probes_have_one_handler_and_their_port,
+    what_runs_for_ever_has_probes,
     resources_are_consistent,
     memory_volumes_fit_into_the_limit,
     pods_are_restricted,

@@ -146,6 +146,7 @@ BAD: list[tuple[str, str, Callable[[list[Object]], None], str]] = [
         lambda o: container(o).update(livenessProbe=container(o)["readinessProbe"]),
         "the same",
     ),
+    ("no probe", "default", lambda o: container(o, "triton").pop("livenessProbe"), "has no livenessProbe"),
     (
         "a standing update",
         "default",

@@ -11,6 +11,7 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 import pytest
 import sdserver.logs
 import structlog
@@ -24,13 +25,18 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdclient import AsyncClient, Client
+from sdserver.backends.observed import ObservedBackend
+from sdserver.backends.triton import TritonBackend
+from sdserver.errors import GenerationFailed
 from sdserver.server import Server
 from sdserver.traces import CLOSE_SECONDS, Traces, headers
+from tritonclient.grpc import service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from sdserver.engines import Catalog
     from sdserver.settings import ServeSettings
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -130,7 +136,7 @@ async def test_a_shared_call_has_one_span_which_all_its_requests_are_linked_with
     shared = max(batches, key=lambda batch: len(batch.links))
     assert len(shared.links) == 3
     assert len({link.context.trace_id for link in shared.links}) == 3
-    assert dict(shared.attributes or {})["sd.requests"] == 3
+    assert dict(shared.attributes or {})["sd.images"] == 3
     denoising = {context_of(span).span_id: span for span in spans.named("denoise")}
     for link in shared.links:
         asker = denoising[link.context.span_id]
@@ -219,6 +225,30 @@ async def test_what_a_caller_does_not_want_to_be_traced_is_not(server: Server, s
     assert spans.exporter.get_finished_spans() == ()
 
 
+async def test_shared_calls_of_a_request_that_is_traced_are_traced_however_few_requests_are(
+    settings: ServeSettings, spans: Spans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    traces = Traces(SimpleSpanProcessor(spans.exporter))
+    async with (
+        Server(settings, FakeBackend(delay=0.01), [traces]) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub: GenerationServiceAsyncStub = GenerationServiceStub(channel)
+        traced = stub.Generate(a_request(steps=5), metadata=[TRACEPARENT])
+        await asyncio.gather(events_of(stub, a_request(steps=9)), drained(traced))
+    assert len(spans.named(GENERATE)) == 1
+    batches = spans.named("unet batch")
+    assert len(batches) == 5
+    assert all(len(batch.links) == 1 for batch in batches)
+    [denoising] = spans.named("denoise")
+    assert len(denoising.links) == 5
+
+
+async def drained(call: Any) -> list[Any]:
+    return [event async for event in call]
+
+
 async def test_a_call_of_triton_is_a_part_of_the_trace_that_causes_it() -> None:
     spans = Spans()
     traces = Traces(SimpleSpanProcessor(spans.exporter))
@@ -229,6 +259,38 @@ async def test_a_call_of_triton_is_a_part_of_the_trace_that_causes_it() -> None:
     assert sent.keys() == {"traceparent"}
     assert sent["traceparent"].startswith(expected)
     assert headers() == {}
+
+
+class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Remembers the headers of the calls of its models, and fails each."""
+
+    def __init__(self) -> None:
+        self.headers: list[dict[str, str | bytes]] = []
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 (gRPC's name)
+        self.headers.append(dict(context.invocation_metadata()))
+        await context.abort(grpc.StatusCode.INTERNAL, "on purpose")
+
+
+async def test_triton_is_told_of_which_trace_its_call_is_a_part(settings: ServeSettings, catalog: Catalog) -> None:
+    triton, server = Triton(), grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    spans = Spans()
+    traces = Traces(SimpleSpanProcessor(spans.exporter))
+    backend = ObservedBackend(TritonBackend(f"127.0.0.1:{port}", headers=headers), traces)
+    latents = np.zeros((1, catalog.default.latents.channels, 16, 16), np.float32)
+    with traces.stage("tiny-landscape", "denoise"):
+        with pytest.raises(GenerationFailed):
+            await backend.encode_text(catalog.default, "a lake", ())
+        with pytest.raises(GenerationFailed):
+            await backend.decode(catalog.default, latents)
+    await backend.close()
+    await server.stop(None)
+    sent = [str(each["traceparent"]).split("-")[2] for each in triton.headers]
+    models = (spans.only("text_encoder"), spans.only("vae_decoder"))
+    assert sent == [trace.format_span_id(context_of(span).span_id) for span in models]
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):

@@ -35,7 +35,7 @@ from sdserver.tls import server_credentials
 from sdserver.watched_files import FileError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -171,7 +171,7 @@ class Server:
 
     def _backend(self, safety_model: SafetyModel | None) -> Backend:
         if self._settings.backend == "triton":
-            return TritonBackend(self._settings.triton_url, safety_model)
+            return TritonBackend(self._settings.triton_url, safety_model, *_trace_headers(self._settings))
         from sdserver.backends.in_process import InProcessBackend
 
         return InProcessBackend(self.catalog, self._settings.model_repository, safety_model)
@@ -245,6 +245,15 @@ def _metrics_endpoint(metrics: Metrics, settings: ServeSettings) -> MetricsEndpo
     except OSError as error:
         address = f"{settings.metrics_host}:{settings.metrics_port}"
         raise ServerError(f"cannot show metrics on {address} ({error.strerror}): choose another port") from error
+
+
+def _trace_headers(settings: ServeSettings) -> tuple[Callable[[], dict[str, str]], ...]:
+    """What tells Triton of which trace a call is a part; empty without traces."""
+    if not settings.traces:
+        return ()
+    from sdserver.traces import headers
+
+    return (headers,)
 
 
 def _traces(settings: ServeSettings) -> Traces | None:

@@ -45,7 +45,6 @@ class Settings(BaseSettings):
         "auto", description="auto: colours on a terminal, JSON lines elsewhere."
     )
 
-
     @property
     def cost_model_folder(self) -> Path:
         """Where cost models are read and written."""

@@ -190,6 +190,9 @@ class StepScheduler:
         try:
             with self._observer.calling([ask.observed for ask, _, _ in batch.parts]):
                 predictions = await self._model(*(_stacked(values) for values in zip(*rows, strict=True)))
+        except asyncio.CancelledError:
+            self._observer.called(len(rows), 0, batch.bound, loop.time() - began)
+            raise
         except Exception as error:
             for ask, _, _ in batch.parts:
                 if not ask.answer.done():

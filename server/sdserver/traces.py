@@ -16,6 +16,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, SpanKind, StatusCode
 
 from sdserver.observation import Observer, StepObserver
@@ -42,8 +43,12 @@ class Traces(Observer):
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "sdserver"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(processor or _exporter())
-        self._tracer = self._provider.get_tracer("sdserver")
+        # Whether a shared call is kept is up to the requests in it, and not to chance once more.
+        shared = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
+        processor = processor or _exporter()
+        for provider in (self._provider, shared):
+            provider.add_span_processor(processor)
+        self._tracer, self._shared_tracer = (each.get_tracer("sdserver") for each in (self._provider, shared))
 
     def close(self) -> None:
         """Sends what has not been sent yet, as far as that can be done in CLOSE_SECONDS."""
@@ -83,7 +88,7 @@ class Traces(Observer):
             yield
 
     def steps(self, engine: str, model: StepModel) -> StepObserver:
-        return _Steps(self._tracer, engine, model)
+        return _Steps(self._shared_tracer, engine, model)
 
 
 class _Steps(StepObserver):
@@ -105,7 +110,7 @@ class _Steps(StepObserver):
             yield
             return
         links = [Link(span.get_span_context()) for span in askers]
-        attributes: dict[str, str | int] = {"sd.engine": self._engine, "sd.requests": len(askers)}
+        attributes: dict[str, str | int] = {"sd.engine": self._engine, "sd.images": len(asked)}
         name = f"{self._model} batch"
         with self._tracer.start_as_current_span(name, Context(), attributes=attributes, links=links) as step:
             for span in askers:

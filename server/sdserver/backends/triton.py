@@ -18,7 +18,7 @@ from sdserver.backends.shared_memory import SharedMemory
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from numpy.typing import NDArray
 
@@ -54,8 +54,12 @@ ALIGNMENT = 64
 class TritonBackend:
     """A client of the Triton at `url`, "host:port", or of all the Tritons that the name stands for."""
 
-    def __init__(self, url: str, safety_model: SafetyModel | None = None) -> None:
+    def __init__(
+        self, url: str, safety_model: SafetyModel | None = None, headers: Callable[[], dict[str, str]] = dict
+    ) -> None:
+        """`headers` gives what is sent along with each call of a model."""
         self._url = url
+        self._headers = headers
         self._safety_models: tuple[str, ...] = () if safety_model is None else (safety_model.model,)
         self._client = InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
         self._memory = SharedMemory(self._client, url)
@@ -174,7 +178,7 @@ class TritonBackend:
         wanted = InferRequestedOutput(output)
         wanted.set_shared_memory(block.region, sizes[-1], starts[-1])
         try:
-            result = await self._client.infer(model, tensors, outputs=[wanted])
+            result = await self._client.infer(model, tensors, outputs=[wanted], headers=self._headers())
         except InferenceServerException as error:
             if LOST_REGION in (error.message() or ""):
                 self._memory.forget()
@@ -202,7 +206,7 @@ class TritonBackend:
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         try:
-            result = await self._client.infer(model, tensors)
+            result = await self._client.infer(model, tensors, headers=self._headers())
         except InferenceServerException as error:
             raise self._translated(model, error) from error
         arrays = [result.as_numpy(name) for name in outputs]
