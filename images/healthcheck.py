@@ -21,16 +21,16 @@ def server() -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def triton() -> bool:
-    """Whether Triton's models are loaded."""
+def triton(question: str = "ready") -> bool:
+    """Whether Triton's models are loaded, or whether it is "live"."""
     port = os.environ.get("SDSERVER_TRITON_HTTP_PORT", "8000")
-    with urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=SECONDS) as answer:
+    with urlopen(f"http://127.0.0.1:{port}/v2/health/{question}", timeout=SECONDS) as answer:
         return bool(answer.status == 200)
 
 
 def main(arguments: list[str]) -> int:
     try:
-        return 0 if {"server": server, "triton": triton}[arguments[0]]() else 1
+        return 0 if {"server": server, "triton": triton}[arguments[0]](*arguments[1:]) else 1
     except Exception as error:
         print(f"not ready: {type(error).__name__}", file=sys.stderr)
         return 1

@@ -187,6 +187,12 @@ BAD: list[tuple[str, str, Callable[[list[Object]], None], str]] = [
         "opens Triton's HTTP",
     ),
     (
+        "a sidecar for all",
+        "sidecar-cpu",
+        lambda o: pod_spec(o)["initContainers"][-1]["env"].append({"name": "SDSERVER_TRITON_HOST", "value": "0.0.0.0"}),
+        "beyond its pod",
+    ),
+    (
         "memory",
         "default",
         set_to(lambda o: container(o, "triton")["resources"]["limits"], "memory", "512Mi"),
@@ -233,6 +239,10 @@ def test_a_sidecar_starts_before_the_server_and_stops_after_it() -> None:
     assert triton["restartPolicy"] == "Always"
     assert [each["name"] for each in pod_spec(release("many-gpus"))["containers"]] == ["server"]
     assert triton["startupProbe"]
+    # Both see the same /dev/shm, so that tensors need no gRPC.
+    [server_container] = pod_spec(release("many-gpus"))["containers"]
+    for each in (triton, server_container):
+        assert {"name": "triton-shm", "mountPath": "/dev/shm"} in each["volumeMounts"]
 
 
 def test_gpus_are_asked_for_where_triton_is_and_nowhere_else() -> None:

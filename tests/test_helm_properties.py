@@ -78,7 +78,7 @@ def strategy(part: Object) -> SearchStrategy[Any]:
         case "integer":
             return st.integers(part.get("minimum", 0), part.get("maximum", 10**6))
         case "number":
-            low = part.get("minimum", part.get("exclusiveMinimum", 0))
+            low: float = part.get("minimum", part.get("exclusiveMinimum", 0))
             floats = st.floats(low, part.get("maximum", 1e6), exclude_min="exclusiveMinimum" in part, width=32)
             return floats | st.integers(int(low) + 1, int(part.get("maximum", 10**6)))
         case "string":

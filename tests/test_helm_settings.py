@@ -130,10 +130,25 @@ async def test_probes_ask_what_a_real_server_answers_on_its_health_port(
         Server(settings.model_copy(update={"health_port": 0}), backend) as running,
         grpc.aio.insecure_channel(f"127.0.0.1:{running.health_port}") as channel,
     ):
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for probe in (live, ready):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=probe.get("service", "")))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_sidecars_triton_is_there_for_its_server_alone_and_its_metrics_for_prometheus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = charts.render(charts.values_of("many-gpus"))
+    triton = settings_of(named(objects, "triton"), monkeypatch)
+    server = settings_of(named(objects, "server"), monkeypatch)
+    assert isinstance(triton, TritonSettings)
+    assert isinstance(server, ServeSettings)
+    assert (triton.triton_host, triton.triton_metrics_host) == ("127.0.0.1", "0.0.0.0")
+    assert server.triton_url == f"{triton.triton_host}:{triton.triton_grpc_port}"
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        command = named(objects, "triton")[probe]["exec"]["command"]
+        assert command[:3] == ["python", "/opt/sd-service/healthcheck.py", "triton"]
 
 
 def test_liveness_never_asks_triton_and_tritons_own_is_not_its_readiness() -> None:

@@ -163,7 +163,7 @@ async def test_small_images_get_more_of_the_time_than_large_ones(unet: Unet) -> 
     async with scheduler_of(unet, 4) as scheduler:
         await asyncio.gather(steps(2), steps(8))
     # 16 times the pixels: a quarter of the share, and so one row of the large image for many of the small one.
-    assert [call for call in unet.calls[: finished[0]]].count([8]) <= 2
+    assert list(unet.calls[: finished[0]]).count([8]) <= 2
 
 
 async def test_the_bound_is_that_of_the_shape(unet: Unet) -> None:

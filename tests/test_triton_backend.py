@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from sdserver.backends.triton import TritonBackend
-from sdserver.engines import Catalog
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+if TYPE_CHECKING:
+    from sdserver.engines import Catalog
+
+if TYPE_CHECKING:
+    from sdserver.engines import Catalog
 
 
 class ReadyTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

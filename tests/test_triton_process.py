@@ -285,6 +285,15 @@ async def test_all_its_ports_listen_on_the_host_and_on_no_other(repository: Path
 
 
 @needs_triton
+async def test_the_metrics_may_listen_elsewhere_than_the_rest(repository: Path) -> None:
+    async with echo_triton(repository, metrics_host="127.0.0.2") as triton:
+        assert await asyncio.to_thread(http_status, f"http://127.0.0.2:{triton.metrics_port}/metrics") == 200
+        listening = [each.laddr for each in psutil.Process(triton.pid).net_connections() if each.status == "LISTEN"]
+        elsewhere = {address.port for address in listening if address.ip.endswith("127.0.0.2")}
+        assert elsewhere == {triton.metrics_port}
+
+
+@needs_triton
 async def test_others_of_the_network_get_only_what_the_server_needs(repository: Path) -> None:
     async with echo_triton(repository, host="0.0.0.0") as triton, client_of(triton) as client:
         assert await echo(client, -1) == -1

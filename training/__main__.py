@@ -21,8 +21,8 @@ class Budgets:
 
     vae: float = 18
     clip: float = 22
-    unet: float = 600
-    decoder: float = 60
+    unet: float = 300
+    decoder: float = 30
     classifier: float = 8
 
 

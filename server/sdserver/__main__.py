@@ -128,6 +128,7 @@ def _triton(settings: TritonSettings) -> TritonProcess:
         host=settings.triton_host,
         grpc_port=settings.triton_grpc_port,
         http_port=settings.triton_http_port,
+        metrics_host=settings.triton_metrics_host,
         metrics_port=settings.triton_metrics_port,
         start_seconds=settings.triton_start_seconds,
         max_connection_age_seconds=settings.triton_max_connection_age_seconds,

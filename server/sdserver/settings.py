@@ -131,6 +131,7 @@ class TritonSettings(Settings):
     )
     triton_grpc_port: Port = Field(8001, description="Port of Triton's gRPC endpoint; 0 chooses a free one.")
     triton_http_port: Port = Field(8000, description="Port of Triton's HTTP endpoint; 0 chooses a free one.")
+    triton_metrics_host: str | None = Field(None, description="Address of Triton's metrics; default: triton_host.")
     triton_metrics_port: Port = Field(8002, description="Port of Triton's metrics; 0 chooses a free one.")
     triton_executable: Path | None = Field(
         None, description="Another tritonserver than the wheel's, such as NVIDIA's container has one."

@@ -77,11 +77,12 @@ class TritonProcess:
     """A Triton of its own with some models of a repository: an asynchronous context manager, to be entered once.
 
     Entering returns when all models answer; leaving stops Triton and removes what it has left behind. It listens on
-    `host`, and `address` is where this machine finds it. 0 as a port chooses a free one; the attributes `grpc_port`,
-    `http_port` and `metrics_port` say which. `exit_seconds` is how long requests in flight may take when it is stopped.
-    After `max_connection_age_seconds` callers have to connect again, when their calls are answered. The log goes to
-    `log_path`, or away when Triton is stopped. `on_progress` gets a line for each model that is loaded. `executable` is
-    another `tritonserver` than the wheel's, with backends of its own, as in NVIDIA's container.
+    `host`, its metrics on `metrics_host` if that is another, and `address` is where this machine finds it. 0 as a port
+    chooses a free one; the attributes `grpc_port`, `http_port` and `metrics_port` say which. `exit_seconds` is how long
+    requests in flight may take when it is stopped. After `max_connection_age_seconds` callers have to connect again,
+    when their calls are answered. The log goes to `log_path`, or away when Triton is stopped. `on_progress` gets a line
+    for each model that is loaded. `executable` is another `tritonserver` than the wheel's, with backends of its own, as
+    in NVIDIA's container.
 
     Triton ends with the thread that entered, so that nothing goes on when this process is killed.
     """
@@ -94,6 +95,7 @@ class TritonProcess:
         host: str = LOOPBACK,
         grpc_port: int = 8001,
         http_port: int = 8000,
+        metrics_host: str | None = None,
         metrics_port: int = 8002,
         start_seconds: float = 180.0,
         exit_seconds: int = 15,
@@ -103,6 +105,7 @@ class TritonProcess:
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         self._host = host
+        self._metrics_host = host if metrics_host is None else metrics_host
         self.address = LOOPBACK if host in EVERYWHERE else host
         self.grpc_port, self.http_port, self.metrics_port = (
             _free_port(host) if port == 0 else port for port in (grpc_port, http_port, metrics_port)
@@ -164,8 +167,9 @@ class TritonProcess:
         return self._process
 
     async def _start(self) -> asyncio.subprocess.Process:
-        for port in (self.grpc_port, self.http_port, self.metrics_port):
-            if not _is_free(self._host, port):
+        hosts = self._host, self._host, self._metrics_host
+        for host, port in zip(hosts, (self.grpc_port, self.http_port, self.metrics_port), strict=True):
+            if not _is_free(host, port):
                 raise TritonProcessError(f"port {port} is in use: stop what listens there, or choose another (0: any)")
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sd-triton-")))
         if self._log_path is None:
@@ -219,7 +223,7 @@ class TritonProcess:
             "grpc-port": self.grpc_port,
             "http-address": self._host,
             "http-port": self.http_port,
-            "metrics-address": self._host,
+            "metrics-address": self._metrics_host,
             "metrics-port": self.metrics_port,
             "exit-timeout-secs": self._exit_seconds,
         }
