@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sdserver import cost_model
 from sdserver.backends.triton import TritonBackend
-from sdserver.calibrate import measure
+from sdserver.calibrate import measure, measure_stages
 from sdserver.engines import load_catalog
 from sdserver.observation import Observer, StepObserver
 from sdserver.settings import ServeSettings
@@ -79,10 +79,11 @@ async def calibrated(settings: ServeSettings) -> AsyncIterator[ServeSettings]:
     backend = TritonBackend(settings.triton_url)
     try:
         measurements = await measure(engine, backend, seconds=20)
+        stages = await measure_stages(engine, backend)
     finally:
         await backend.close()
     with tempfile.TemporaryDirectory() as folder:
-        cost_model.write(Path(folder), engine, cost_model.fit(measurements), measurements)
+        cost_model.write(Path(folder), engine, cost_model.fit(measurements), measurements, stages)
         yield settings.model_copy(update={"cost_models": Path(folder)})
 
 

@@ -36,6 +36,16 @@ class Instant:
             await asyncio.Event().wait()
         return latents
 
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        raise NotImplementedError
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        raise NotImplementedError
+
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         rows, _, height, width = latents.shape
         scale = engine.latents.downsampling

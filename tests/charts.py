@@ -14,9 +14,11 @@ from typing import Any
 
 import helm_python
 import yaml
+from sdserver.settings import ServeSettings
 
 CHART = Path(__file__).parents[1] / "helm"
 README = CHART / "README.md"
+SCHEMA = CHART / "values.schema.json"
 GOLDEN = CHART / "golden"
 VALUES = {
     path.name.removesuffix("-values.yaml"): path
@@ -40,7 +42,7 @@ def _chart() -> helm_python.Chart:
 
 @cache
 def schema() -> Object:
-    loaded: Object = json.loads((CHART / "values.schema.json").read_text())
+    loaded: Object = json.loads(SCHEMA.read_text())
     return loaded
 
 
@@ -151,7 +153,27 @@ def readme() -> str:
     return f"{before}{TABLE_START}{values_table()}{TABLE_END}{after}"
 
 
+def open_settings() -> list[str]:
+    """Settings of `sdserver serve` that the chart leaves to `server.settings`."""
+    source = (CHART / "templates/_server.tpl").read_text()
+    [body] = re.findall(r'define "sd-service.server.settings"(.*?)\{\{- end -\}\}\n\n', source, re.DOTALL)
+    decided = set(re.findall(r"^([a-z0-9_]+): ", body, re.MULTILINE))
+    # A server of a release always asks Triton.
+    return sorted(ServeSettings.model_fields.keys() - decided - {"backend"})
+
+
+def schema_text() -> str:
+    """The schema as it should be: with the settings that there are."""
+    names = json.dumps(open_settings())
+    return re.sub(
+        r'("settings": \{\s*"type": "object",\s*"propertyNames": )\{[^}]*\}',
+        rf'\1{{"enum": {names}}}',
+        SCHEMA.read_text(),
+    )
+
+
 def write() -> None:
+    SCHEMA.write_text(schema_text())
     GOLDEN.mkdir(exist_ok=True)
     for stale in set(GOLDEN.glob("*.yaml")) - {GOLDEN / f"{name}.yaml" for name in VALUES}:
         stale.unlink()

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from sdserver import cost_model
 from sdserver.calibrate import chart, measure, numbers_of_rows, shapes
 from sdserver.cost_model import CostModel, Measurement
-from sdserver.engine_schedulers import EngineSchedulers, most_rows
-from sdserver.observation import Observer
+from sdserver.engine_schedulers import most_rows, unet_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,8 +60,7 @@ def test_a_batch_is_full_when_the_cost_of_the_call_is_a_twentieth_of_its_rows(ca
 def test_larger_shapes_have_smaller_batches_and_none_is_above_that_of_the_engine(catalog: Catalog) -> None:
     engine = catalog.default
     costs = CostModel(call=0.05, place=1e-4, square=0.0)
-    schedulers = EngineSchedulers(engine, FakeBackend(), costs, Observer())
-    rows = [schedulers._unet_rows(places) for places in (64, 256, 1024, 4096, 10**6)]
+    rows = [unet_rows(engine, costs, places) for places in (64, 256, 1024, 4096, 10**6)]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] == engine.max_batch_rows
     assert rows[-1] == 1

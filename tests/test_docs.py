@@ -125,3 +125,11 @@ def test_every_command_of_the_makefile_is_known_to_the_documents() -> None:
     text = "".join(document.read_text() for document in ROOT.glob("*.md"))
     for name in re.findall(r"make ([a-z]+)", text):
         assert name in targets
+
+
+async def test_the_command_of_the_scheduling_measures_calls(triton_settings: ServeSettings, tmp_path: Path) -> None:
+    [command] = "".join(blocks("sh", "docs/scheduling.md")).splitlines()
+    environment = {"SDSERVER_TRITON_URL": triton_settings.triton_url, "SDSERVER_COST_MODELS": str(tmp_path)}
+    said = await run(tmp_path, [*shlex.split(command), "--seconds", "1"], **environment)
+    assert "a UNet call" in said
+    assert (tmp_path / "tiny-landscape.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import tarfile
 import tomllib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import charts
 import helm_python
 import pytest
 import yaml
-from chart_invariants import breaches
+from chart_invariants import LAWS, breaches
 from charts import CHART, VALUES, ChartRefused, Object
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
     assert paths(charts.schema()) - {"global"} == set(charts.leaves())
 
 
+def test_the_schema_knows_the_settings_that_there_are_and_the_chart_does_not_decide() -> None:
+    assert {"send_timeout_seconds", "engine_watch_seconds"} <= set(charts.open_settings())
+    assert not {"max_active", "port", "triton_url", "backend", "tls_private_key"} & set(charts.open_settings())
+    assert charts.SCHEMA.read_text() == charts.schema_text(), "run `make chart`"
+
+
 def test_every_value_is_used_by_a_template_and_every_used_one_is_there() -> None:
     source = "\n".join(path.read_text() for path in (CHART / "templates").rglob("*.*"))
     words = set(re.findall(r"\.([A-Za-z]+)", source))
@@ -134,7 +141,8 @@ def test_every_value_says_what_it_means_in_one_place_that_the_readme_shows() -> 
         ("server.resources.requests", {"cpu": "5x"}, "/server/resources/requests/cpu"),
         ("server.rollout.maxSurge", "101%", "/server/rollout/maxSurge"),
         ("server.podLabels", {"a b": "c"}, "invalid propertyName 'a b'"),
-        ("server.settings", {"Max-Active": 1}, "invalid propertyName 'Max-Active'"),
+        ("server.settings", {"send_timeout": 1}, "invalid propertyName 'send_timeout'"),
+        ("server.settings", {"max_active": 9}, "invalid propertyName 'max_active'"),
         ("triton.device", "tpu", "/triton/device"),
         ("triton.placement", "beside", "/triton/placement"),
         ("triton.gpu.count", 0, "/triton/gpu/count"),
@@ -197,7 +205,6 @@ def test_the_schema_refuses_what_is_wrong_and_names_it(path: str, value: Any, wo
             "end TLS at the gateway",
         ),
         ({"apiKeys.existingSecret": "keys"}, "name its key with helmTest.apiKeySecretKey"),
-        ({"server.settings": {"max_active": 9}}, "max_active, which a value of the chart's own decides"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused_with_what_to_change(values: Object, words: str) -> None:
@@ -277,3 +284,39 @@ def test_the_packaged_chart_is_reproducible_and_has_what_it_needs(tmp_path: Path
 def test_the_chart_has_the_version_of_the_project() -> None:
     project = tomllib.loads((CHART.parent / "pyproject.toml").read_text())["project"]
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == project["version"]
+
+
+def test_the_readme_has_values_that_the_chart_takes() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", charts.README.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert breaches(charts.render(yaml.safe_load(block))) == []
+
+
+def test_the_readmes_commands_are_of_files_and_values_that_there_are() -> None:
+    commands = "".join(re.findall(r"```sh\n(.*?)```", charts.README.read_text(), re.DOTALL)).splitlines()
+    installs = [shlex.split(command) for command in commands if command.startswith("helm install")]
+    assert len(installs) == 2
+    for _, _, release, chart, *options in installs:
+        assert CHART == CHART.parent / chart
+        given = dict(zip(options[::2], options[1::2], strict=False))
+        values = yaml.safe_load((CHART.parent / given["--values"]).read_text()) if "--values" in given else {}
+        if "--set" in given:
+            values = merged(values, helm_python.parse_set_string(given["--set"]))
+        assert breaches(charts.render(values, name=release, namespace=given["--namespace"])) == []
+    for command in commands:
+        if command.startswith("docker build"):
+            assert (CHART.parent / shlex.split(command)[3]).exists()
+
+
+def test_the_readmes_links_lead_somewhere_and_its_numbers_are_true() -> None:
+    text = charts.README.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (CHART / target).exists(), target
+    assert f"renders {len(VALUES)} releases" in text
+    assert f"against {len(LAWS)} laws" in text
+
+
+def test_every_example_is_in_the_readme() -> None:
+    examples = {path.name for path in (CHART / "examples").glob("*.yaml")}
+    assert examples == set(re.findall(r"\(examples/([^)]+)\)", charts.README.read_text()))

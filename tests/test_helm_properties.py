@@ -78,7 +78,7 @@ def strategy(part: Object) -> SearchStrategy[Any]:
         case "integer":
             return st.integers(part.get("minimum", 0), part.get("maximum", 10**6))
         case "number":
-            low: float = part.get("minimum", part.get("exclusiveMinimum", 0))
+            low: Any = part.get("minimum", part.get("exclusiveMinimum", 0))
             floats = st.floats(low, part.get("maximum", 1e6), exclude_min="exclusiveMinimum" in part, width=32)
             return floats | st.integers(int(low) + 1, int(part.get("maximum", 10**6)))
         case "string":
@@ -130,7 +130,7 @@ def test_all_switches_are_values() -> None:
     assert set(LEAVES) >= SWITCHES
 
 
-@settings(max_examples=int(os.environ.get("CHART_EXAMPLES", "40")), suppress_health_check=list(HealthCheck))
+@settings(max_examples=500 if "CHECK_HELM" in os.environ else 40, suppress_health_check=list(HealthCheck))
 @given(values())
 def test_a_release_is_refused_in_a_sentence_or_holds_all_laws(chosen: Object) -> None:
     try:

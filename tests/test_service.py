@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from calls import TEXT, a_request, details_of, events_of, failure_of, image_of
+from calls import TEXT, a_request, details_of, events_of, failure_of, image_of, images_of
 from fakes import FakeBackend, pixel_of
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdserver.errors import GenerationFailed, Unavailable
 from sdserver.samplers import SAMPLERS
@@ -240,6 +242,27 @@ async def test_a_waiting_request_knows_its_position_and_one_too_many_is_refused_
     assert dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]
     for events in calls:
         assert [event async for event in events][-1].HasField("finished")
+
+
+async def test_a_request_that_waits_holds_no_text_states_and_asks_for_them_again(
+    settings: ServeSettings, backend: FakeBackend
+) -> None:
+    forgetful = settings.model_copy(update={"max_active": 1, "text_cache_mb": 0})
+    backend.delay = 0.02
+    async with (
+        Server(forgetful, backend) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub: GenerationServiceAsyncStub = GenerationServiceStub(channel)
+        streams = []
+        for text in ("first", TEXT):
+            streams.append(aiter(stub.Generate(a_request(prompts=[{"text": text}], guidance_scale=1.0))))
+            assert (await anext(streams[-1])).HasField("accepted")
+        assert backend.texts.count(TEXT) == 1
+        [image] = images_of([event async for event in streams[1]])
+        assert (backend.texts.count("first"), backend.texts.count(TEXT)) == (1, 2)
+    expected = pixel_of(backend.mean_of(TEXT))
+    assert Image.open(io.BytesIO(image.data)).getextrema() == ((expected, expected),) * 3
 
 
 async def test_a_generation_that_takes_too_long_is_ended_by_the_server(

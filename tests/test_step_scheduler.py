@@ -186,6 +186,19 @@ async def test_a_call_for_nobody_is_cancelled(unet: Unet) -> None:
     assert unet.calls == [[1], [2]]
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_nothing_is_kept_of_a_call_whatever_the_moment_at_which_its_caller_leaves(unet: Unet, turns: int) -> None:
+    async with scheduler_of(unet, 2) as scheduler:
+        gone = asyncio.create_task(scheduler.predict(rows(1)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        gone.cancel()
+        await settle()
+        assert not scheduler._calls
+        unet.gate.set()
+        await asyncio.wait_for(scheduler.predict(rows(2)), 5)
+
+
 async def test_who_shares_a_call_with_one_who_left_is_answered(unet: Unet) -> None:
     async with scheduler_of(unet, 4) as scheduler:
         gone, stays = (asyncio.create_task(scheduler.predict(rows(t))) for t in (1, 2))
@@ -232,7 +245,7 @@ async def test_nothing_is_kept_of_a_thousand_random_cancels(unet: Unet) -> None:
         await settle()
         assert scheduler.waiting_rows == 0
         assert not scheduler._asks
-        assert not scheduler._batches
+        assert not scheduler._calls
         assert not scheduler._queue._tenants
 
 

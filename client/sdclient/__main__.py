@@ -23,7 +23,7 @@ from ._image_flags import add_image_flags, image_options
 from ._inspect import inspect
 from ._reproduce import reproduce
 from ._terminal import print_sections, progress_bar
-from ._types import Blending, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
+from ._types import BlockCache, Blending, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--churn", type=float, help="noise that euler, heun or dpm2 adds before its steps, 0 to 100")
     option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
     option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
+    option("--block-cache", type=int, metavar="STEPS", help="run the whole UNet only in the first of so many steps")
     option("--window", type=int, metavar="PIXELS", help="denoise large images in windows of this size; 0: as a whole")
     option("--window-overlap", type=int, metavar="PIXELS", help="overlap of windows")
     option("--tile-x", action="store_true", default=None, help="make the right border continue at the left one")
@@ -159,10 +160,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompts = [*arguments.prompts, *(Prompt(text, -1.0) for text in arguments.negative)]
     # A flag with the name of an option may say only a part of it, as --mask does.
     chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
-    for name in ("mask", "outpaint", "two_pass"):
+    for name in ("mask", "outpaint", "two_pass", "block_cache"):
         del chosen[name]
     options = cast("GenerateOptions", {**chosen, **image_options(arguments)})
     options["clip_guidance"] = clip_guidance(arguments)
+    if arguments.block_cache is not None:
+        options["block_cache"] = BlockCache(arguments.block_cache)
     if arguments.window is not None or arguments.window_overlap is not None:
         options["windows"] = Windows(arguments.window, arguments.window_overlap)
     media_type = MEDIA_TYPES[arguments.file.suffix.lower()]
@@ -317,6 +320,7 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "formats": ", ".join(engine.media_types),
             "safety check": engine.safety_mode or "unknown",
             "CLIP guidance": _clip_presets(engine),
+            "block caching": "yes" if engine.block_cache else "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
             "restrictions": engine.license.use_restrictions or "none",
         }

@@ -29,6 +29,7 @@ from ._events import (
 )
 from ._prompts import parse_prompts
 from ._types import (
+    BlockCache,
     Blending,
     ClipGuidance,
     ClipGuidancePreset,
@@ -116,7 +117,7 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Outpaint, Variation, TwoPass, Windows, WindowDefaults),
+        *(Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

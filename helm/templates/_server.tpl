@@ -86,11 +86,6 @@ c2pa_timestamp_authority: {{ . | quote }}
 
 {{- define "sd-service.server.env" -}}
 {{- $settings := include "sd-service.server.settings" . | fromYaml -}}
-{{- range $name := keys .Values.server.settings -}}
-{{- if hasKey $settings $name -}}
-{{- fail (printf "\n  sd-service: server.settings has %s, which a value of the chart's own decides" $name) -}}
-{{- end -}}
-{{- end -}}
 {{- range $name, $value := merge $settings .Values.server.settings }}
 {{- /* Numbers come as floats: 1e+06 would be no integer. */}}
 - {name: SDSERVER_{{ $name | upper }}, value: {{ kindIs "float64" $value | ternary ($value | toJson) $value | toString | quote }}}

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdmodels.errors import InvalidInput
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -33,3 +35,10 @@ def run_together(run: Callable[..., Arrays], requests: Sequence[Arrays]) -> list
         return [answer for request in requests for answer in run_together(run, [request])]
     ends = np.cumsum([len(request[0]) for request in requests])[:-1]
     return list(zip(*(np.split(answer, ends) for answer in answers), strict=True))
+
+
+def check_rows(*inputs: NDArray[Any] | None) -> None:
+    """Raises `InvalidInput` where arrays differ in their number of rows; None counts for nothing."""
+    counts = [len(array) for array in inputs if array is not None]
+    if len(set(counts)) > 1:
+        raise InvalidInput(f"every input has one array a row: got {', '.join(map(str, counts))} rows")

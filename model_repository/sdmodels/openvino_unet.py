@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdmodels.batching import check_rows
 from sdmodels.errors import InvalidInput
 
 # OpenVINO tells its makers that it was imported, where it finds this package.
@@ -25,13 +26,14 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
 if TYPE_CHECKING:
-    import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from numpy.typing import NDArray
 
 # Part of a conversion's name, so that it is made again when this code makes another.
-CONVERSION = 1
+CONVERSION = 2
 FOLDER = "openvino"
+# The network with its prediction and features, and its outermost blocks: see `sdmodels.unet_cache`.
+WHOLE = "unet.xml"
+OUTERMOST = "outermost.xml"
 
 # Ours -> OpenVINO's.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
@@ -45,23 +47,11 @@ class OpenVinoUNet:
     """
 
     def __init__(self, engine_folder: Path, threads: int, precision: str = "fp32") -> None:
-        core = openvino.Core()
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ValueError("this CPU does not compute in bf16; set the model's parameter `precision` to fp32")
         with tempfile.TemporaryDirectory() as elsewhere:
-            model = core.read_model(_converted(engine_folder, Path(elsewhere)))
-            options = {
-                "INFERENCE_NUM_THREADS": threads,
-                "NUM_STREAMS": 1,
-                "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
-            }
+            converted = _converted(engine_folder, Path(elsewhere))
             # Reads the weights' file, which may then go.
-            self._request = core.compile_model(model, "CPU", options).create_infer_request()
-        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
-        self._frequencies = _frequencies(config)
-        self._flip: bool = config.get("flip_sin_to_cos", True)
+            self._request = _compiled(converted / WHOLE, threads, precision, features=False)
+        self._sinusoid = _Sinusoid(engine_folder)
 
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
@@ -75,13 +65,70 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        # Computed here, because bfloat16 has no digits for timesteps of several hundred.
-        angles = timesteps[:, None].astype(np.float32) * self._frequencies
-        halves = (np.cos(angles), np.sin(angles)) if self._flip else (np.sin(angles), np.cos(angles))
-        result = self._request.infer([latents, np.concatenate(halves, axis=1), text_states])
+        result = self._request.infer([latents, self._sinusoid(timesteps), text_states])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
+
+
+class OpenVinoUNetCache:
+    """As `sdmodels.unet_cache.UNetCache`, and otherwise as `OpenVinoUNet`."""
+
+    def __init__(self, engine_folder: Path, threads: int, precision: str = "fp32") -> None:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            converted = _converted(engine_folder, Path(elsewhere))
+            self._whole = _compiled(converted / WHOLE, threads, precision)
+            self._outermost = _compiled(converted / OUTERMOST, threads, precision)
+        self._sinusoid = _Sinusoid(engine_folder)
+
+    def __call__(
+        self,
+        latents: NDArray[np.float32],
+        timesteps: NDArray[np.float32],
+        text_states: NDArray[np.float32],
+        features: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
+        check_rows(latents, timesteps, text_states, features)
+        sinusoid = self._sinusoid(timesteps)
+        if features is None:
+            result = self._whole.infer([latents, sinusoid, text_states])
+            return np.concatenate([result[0], result[1]], axis=1)
+        result = self._outermost.infer([latents, sinusoid, text_states, features])
+        prediction: NDArray[np.float32] = np.array(result[0])
+        return prediction
+
+
+class _Sinusoid:
+    """Timesteps [B] -> [B, C]. Not in the network, because bfloat16 has no digits for timesteps of several hundred."""
+
+    def __init__(self, engine_folder: Path) -> None:
+        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+        self._frequencies = _frequencies(config)
+        self._flip: bool = config.get("flip_sin_to_cos", True)
+
+    def __call__(self, timesteps: NDArray[np.float32]) -> NDArray[np.float32]:
+        angles = timesteps[:, None].astype(np.float32) * self._frequencies
+        halves = (np.cos(angles), np.sin(angles)) if self._flip else (np.sin(angles), np.cos(angles))
+        return np.concatenate(halves, axis=1)
+
+
+def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
+    """A converted network, compiled; without `features` it returns its first output alone."""
+    core = openvino.Core()
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError("this CPU does not compute in bf16; set the model's parameter `precision` to fp32")
+    model = core.read_model(path)
+    if not features:
+        model.remove_result(model.get_results()[1])
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+    }
+    return core.compile_model(model, "CPU", options).create_infer_request()
 
 
 def _frequencies(config: dict[str, object]) -> NDArray[np.float32]:
@@ -95,7 +142,7 @@ def _frequencies(config: dict[str, object]) -> NDArray[np.float32]:
 
 
 def _converted(engine_folder: Path, elsewhere: Path) -> Path:
-    """The network in OpenVINO's format: that of an earlier start, or a new one, kept if the folder can be written."""
+    """The folder with WHOLE and OUTERMOST: that of an earlier start, or a new one, kept if it can be written."""
     folder = engine_folder / FOLDER / f"unet-{_key(engine_folder)}"
     if not folder.exists():
         made = elsewhere / "unet"
@@ -105,7 +152,7 @@ def _converted(engine_folder: Path, elsewhere: Path) -> Path:
             folder.parent.mkdir(exist_ok=True)
             beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
         except OSError:
-            return made / "unet.xml"
+            return made
         try:
             shutil.copytree(made, beside / "unet")
             # All at once: no other process sees half of it. Another may have been faster.
@@ -113,7 +160,7 @@ def _converted(engine_folder: Path, elsewhere: Path) -> Path:
                 (beside / "unet").rename(folder)
         finally:
             shutil.rmtree(beside)
-    return folder / "unet.xml"
+    return folder
 
 
 def _key(engine_folder: Path) -> str:
@@ -127,26 +174,24 @@ def _convert(engine_folder: Path, target: Path) -> None:
     import torch
 
     from sdmodels.unet import UNet
-
-    class WithSinusoid(torch.nn.Module):
-        """The network with the timestep's sinusoid [B, C] in the timestep's place."""
-
-        def __init__(self, unet: UNet2DConditionModel) -> None:
-            super().__init__()
-            self.unet = unet
-            unet.get_time_embed = lambda sample, timestep: timestep
-
-        def forward(self, latents: torch.Tensor, sinusoid: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
-            prediction: torch.Tensor = self.unet(latents, sinusoid, text_states, return_dict=False)[0]
-            return prediction
+    from sdmodels.unet_cache import FromFeatures, WithFeatures
 
     unet = UNet(engine_folder).module
-    channels, width = unet.config.block_out_channels[0], unet.config.cross_attention_dim
-    examples = torch.zeros(2, unet.config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)
-    with warnings.catch_warnings():
-        # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
-        warnings.simplefilter("ignore")
-        model = openvino.convert_model(WithSinusoid(unet), example_input=examples)
-    model.reshape({0: [-1, unet.config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]})
-    # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
-    openvino.save_model(model, target / "unet.xml", compress_to_fp16=False)
+    # The networks take the timestep's sinusoid [B, C] in the timestep's place.
+    unet.get_time_embed = lambda sample, timestep: timestep
+    config = unet.config
+    width, (channels, deeper, *_) = config.cross_attention_dim, config.block_out_channels
+    examples = torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)
+    shapes = {0: [-1, config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]}
+    features = torch.zeros(2, deeper, 16, 16)
+    for name, network, inputs, dimensions in (
+        (OUTERMOST, FromFeatures(unet), (*examples, features), {**shapes, 3: [-1, deeper, -1, -1]}),
+        (WHOLE, WithFeatures(unet), examples, shapes),
+    ):
+        with warnings.catch_warnings():
+            # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
+            warnings.simplefilter("ignore")
+            model = openvino.convert_model(network, example_input=inputs)
+        model.reshape(dimensions)
+        # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
+        openvino.save_model(model, target / name, compress_to_fp16=False)

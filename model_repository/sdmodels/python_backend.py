@@ -1,8 +1,10 @@
 """The models of an engine as Triton's Python backend wants them: one class for each role.
 
 A model's `config.pbtxt` has the parameters `engine`, the engine's folder relative to the model repository (of a safety
-model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). That of a
-UNet may have `runtime` and `precision`: see `sdmodels.runtimes.load_unet`.
+model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). Its instance
+group says where it runs: on GPUs, on the CPU, or on GPUs where there are any (KIND_AUTO). UNets and autoencoders may have
+`precision`, UNets `runtime`, `row_buckets` and `compile`, too: see `sdmodels.runtimes.load_unet`. Tensors come and go on
+the CPU, in float32: Triton moves them there (`FORCE_CPU_ONLY_INPUT_TENSORS`, by default).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
+from sdmodels.runtimes import instance_device, load_unet, prepare_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,14 +49,10 @@ class BackendModel:
         """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
         raise NotImplementedError
 
-    def start(self, engine_folder: Path, threads: int) -> Callable[..., Arrays]:
+    def start(self, engine_folder: Path, device: str, threads: int) -> Callable[..., Arrays]:
         """`load` with torch made ready."""
-        import torch
-
-        from sdmodels.weights import default_device
-
-        torch.set_num_threads(threads)
-        return self.load(engine_folder, default_device())
+        prepare_torch(device, threads)
+        return self.load(engine_folder, device)
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton once, before any request."""
@@ -67,7 +66,7 @@ class BackendModel:
         threads = int(self.parameters["threads"]) if "threads" in self.parameters else physical_cores()
         # Triton hands over the model's own folder, which lies in the repository.
         engine_folder = Path(args["model_repository"]).parent / self.parameters[self.folder]
-        self.run = self.start(engine_folder, threads)
+        self.run = self.start(engine_folder, instance_device(args), threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
@@ -75,11 +74,13 @@ class BackendModel:
 
         # A request that was cancelled while it waited still arrives here.
         cancelled = [request.is_cancelled() for request in requests]
-        inputs = [
-            tuple(pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs)
+        # Optional inputs stand at the end, and are None where they are left out.
+        tensors = (
+            [pb_utils.get_input_tensor_by_name(request, name) for name in self.inputs]
             for request, gone in zip(requests, cancelled, strict=True)
             if not gone
-        ]
+        )
+        inputs = [tuple(tensor.as_numpy() for tensor in given if tensor is not None) for given in tensors]
         answers = iter(run_together(self.run, inputs))
         return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
 
@@ -137,12 +138,44 @@ class UNetModel(BackendModel):
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
 
+    def start(self, engine_folder: Path, device: str, threads: int) -> Callable[..., Arrays]:
+        options = {name: self.parameters[name] for name in ("runtime", "precision") if name in self.parameters}
+        denoise = load_unet(
+            engine_folder,
+            threads,
+            **options,
+            device=device,
+            row_buckets=parse_row_buckets(self.parameters.get("row_buckets", "")),
+            compiled=parse_bool("compile", self.parameters.get("compile", "false")),
+        )
+        return lambda latents, timestep, text_states: (denoise(latents, timestep[:, 0], text_states),)
+
+
+class UNetCacheModel(BackendModel):
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
+    last F channels are features; with those of another step as `features` [B, F, h, w], [B, 4, h, w].
+
+    See `sdmodels.unet_cache.UNetCache`. A request has features in all of its rows, or in none.
+    """
+
+    inputs = ("latents", "timestep", "text_states", "features")
+    outputs = ("prediction",)
+
     def start(self, engine_folder: Path, threads: int) -> Callable[..., Arrays]:
-        from sdmodels.runtimes import load_unet
+        from sdmodels.runtimes import load_unet_cache
 
         options = {name: self.parameters[name] for name in ("runtime", "precision") if name in self.parameters}
-        denoise = load_unet(engine_folder, threads, **options)
-        return lambda latents, timestep, text_states: (denoise(latents, timestep[:, 0], text_states),)
+        denoise = load_unet_cache(engine_folder, threads, **options)
+
+        def run(
+            latents: NDArray[Any],
+            timestep: NDArray[Any],
+            text_states: NDArray[Any],
+            features: NDArray[Any] | None = None,
+        ) -> Arrays:
+            return (denoise(latents, timestep[:, 0], text_states, features),)
+
+        return run
 
 
 class VaeDecoderModel(BackendModel):
@@ -154,7 +187,7 @@ class VaeDecoderModel(BackendModel):
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         from sdmodels.vae import VaeDecoder
 
-        decode = VaeDecoder(engine_folder, device)
+        decode = VaeDecoder(engine_folder, device, vae_precision(device, self.parameters.get("precision", "")))
         return lambda latents: (decode(latents),)
 
 
@@ -167,7 +200,7 @@ class VaeEncoderModel(BackendModel):
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         from sdmodels.vae import VaeEncoder
 
-        encode = VaeEncoder(engine_folder, device)
+        encode = VaeEncoder(engine_folder, device, vae_precision(device, self.parameters.get("precision", "")))
         return lambda image: (encode(image),)
 
 

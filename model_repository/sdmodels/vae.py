@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from sdmodels.errors import InvalidInput
+from sdmodels.precision import DTYPES, InRange
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -16,13 +17,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from sdmodels.precision import Precision
+
 
 class VaeEncoder:
-    """The encoder half of a diffusers AutoencoderKL in float32, from `engine_folder/vae`."""
+    """The encoder half of a diffusers AutoencoderKL, from `engine_folder/vae`.
 
-    def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
-        self._vae = _read_vae(engine_folder / "vae", ("decoder", "post_quant_conv"), device)
-        self._device = device
+    In half precision, which is for GPUs, rows that leave its range are computed again in float32.
+    """
+
+    def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
+        self._vae = _read_vae(engine_folder / "vae", ("decoder", "post_quant_conv"), device, precision)
+        self._device, self._dtype = device, DTYPES[precision]
+        self._encode_image = self.latents
+        if precision != "fp32":
+            self._encode_image = InRange("vae_encoder", self.latents, lambda: VaeEncoder(engine_folder, device).latents)
         self._scaling_factor: float = self._vae.config.scaling_factor
         self._downsampling = 2 ** (len(self._vae.config.block_out_channels) - 1)
 
@@ -36,6 +45,12 @@ class VaeEncoder:
         """
         return np.stack([self._encode(row) for row in pixels])
 
+    def latents(self, image: torch.Tensor) -> torch.Tensor:
+        """[B, 4, h, w] float32 latents, in the UNet's scale, of images [B, 3, 8h, 8w] from -1 to 1."""
+        posterior = self._vae.encode(image.to(self._dtype, memory_format=torch.channels_last), return_dict=False)[0]
+        latents: torch.Tensor = posterior.mode().float() * self._scaling_factor
+        return latents
+
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         height, width, channels = pixels.shape
         if channels != 3 or not height or not width or height % self._downsampling or width % self._downsampling:
@@ -44,26 +59,31 @@ class VaeEncoder:
                 f"{self._downsampling}, and channels 3"
             )
         image = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-        image = image.to(self._device, memory_format=torch.channels_last)
-        latents = self._vae.encode(image, return_dict=False)[0].mode()[0] * self._scaling_factor
+        latents = self._encode_image(image.to(self._device, memory_format=torch.channels_last))[0]
         encoded: NDArray[np.float32] = latents.contiguous().cpu().numpy()
         return encoded
 
 
 class VaeDecoder:
-    """The decoder half of a diffusers AutoencoderKL in float32, from `engine_folder/vae`."""
+    """The decoder half of a diffusers AutoencoderKL, from `engine_folder/vae`.
 
-    def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
-        self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device)
-        self._device = device
+    In half precision, which is for GPUs, rows that leave its range are computed again in float32.
+    """
+
+    def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
+        self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device, precision)
+        self._device, self._dtype = device, DTYPES[precision]
+        self._decode_latents = self.image
+        if precision != "fp32":
+            self._decode_latents = InRange("vae_decoder", self.image, lambda: VaeDecoder(engine_folder, device).image)
         self._scaling_factor: float = self._vae.config.scaling_factor
         self.upsampling: int = 2 ** (len(self._vae.config.block_out_channels) - 1)
         """Pixels in each direction of one place of the latents."""
 
     def image(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] image, about -1 to 1, of latents [B, 4, h, w] in the UNet's scale; differentiable."""
+        """[B, 3, H, W] float32 image, about -1 to 1, of latents [B, 4, h, w] in the UNet's scale; differentiable."""
         scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
-        image: torch.Tensor = self._vae.decode(scaled, return_dict=False)[0]
+        image: torch.Tensor = self._vae.decode(scaled.to(self._dtype), return_dict=False)[0].float()
         return image
 
     @torch.inference_mode()
@@ -78,7 +98,7 @@ class VaeDecoder:
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         if not np.isfinite(latents).all():
             raise InvalidInput("the latents hold NaN or infinity: the denoising before went wrong")
-        image = self.image(torch.from_numpy(latents[None]).to(self._device))[0]
+        image = self._decode_latents(torch.from_numpy(latents[None]).to(self._device))[0]
         if not image.isfinite().all():
             raise InvalidInput("the latents are out of the decoder's range: they decode to NaN or infinity")
         # [-1, 1] to 0..255, halves to even, as diffusers' image processor does.
@@ -86,15 +106,20 @@ class VaeDecoder:
         return pixels
 
 
-def _read_vae(folder: Path, without: tuple[str, ...], device: str) -> AutoencoderKL:
+def _read_vae(folder: Path, without: tuple[str, ...], device: str, precision: Precision) -> AutoencoderKL:
     """The autoencoder but for those of its modules."""
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(read_config(folder / "config.json"))
     for name in without:
         delattr(vae, name)
-    weights = read_weights(folder / DIFFUSERS_WEIGHTS, skip=tuple(f"{name}." for name in without))
+    weights = read_weights(
+        folder / DIFFUSERS_WEIGHTS,
+        skip=tuple(f"{name}." for name in without),
+        dtype=DTYPES[precision],
+        device=device,
+    )
     vae.load_state_dict({current_name(name): weight for name, weight in weights.items()}, assign=True)
-    # Channels last takes a sixth off a decode on one core; the UNet gains nothing from it.
+    # Channels last takes a sixth off a decode on one core, where the UNet gains nothing from it.
     return vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""Modules straight from safetensors: no random initialisation first, float32 whatever the disk holds."""
+"""Modules straight from safetensors: no random initialisation first, float32 or half, whatever the disk holds."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path, *, keep: str = "", skip: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Parameters by name as float32 on the CPU: those whose names start with `keep` and with none of `skip`."""
+def read_weights(
+    path: Path,
+    *,
+    keep: str = "",
+    skip: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Parameters by name: those whose names start with `keep` and with none of `skip`.
+
+    They come to the device one by one, so that of a GPU's the CPU holds one at a time.
+    """
     with safe_open(path, framework="pt") as weights:
         names = [name for name in weights.keys() if name.startswith(keep) and not name.startswith(skip)]  # noqa: SIM118 (no mapping)
-        return {name: weights.get_tensor(name).float() for name in names}
-
-
-def default_device() -> str:
-    """Where models run unless told: the first GPU, or the CPU where torch sees none."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        return {name: weights.get_tensor(name).to(device, dtype) for name in names}

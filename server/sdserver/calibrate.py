@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sdserver import cost_model
+from sdserver import cost_model, images
 from sdserver.backends.triton import TritonBackend
-from sdserver.cost_model import CostModel, Measurement
+from sdserver.cost_model import CostModel, Measurement, StageCosts
 from sdserver.engine_schedulers import most_rows
 from sdserver.engines import load_catalog
+from sdserver.request import Output
 
 if TYPE_CHECKING:
     from sdserver.backends import Backend
@@ -38,11 +39,14 @@ async def calibrate(settings: CalibrateSettings) -> None:
         for engine in engines:
             measurements = await measure(engine, backend, settings.seconds)
             model = cost_model.fit(measurements)
-            path = cost_model.write(settings.cost_model_folder, engine, model, measurements)
+            stages = await measure_stages(engine, backend)
+            path = cost_model.write(settings.cost_model_folder, engine, model, measurements, stages)
             console.print(chart(engine, model, measurements))
             console.print(
                 f"a call {model.call * 1000:.1f} ms, a row of the native size "
-                f"{model.row(_native_places(engine)) * 1000:.1f} ms; kept in {path}",
+                f"{model.row(_native_places(engine)) * 1000:.1f} ms; a text {stages.encode * 1000:.1f} ms, an image "
+                f"{stages.decode_place * _native_places(engine) * 1000:.1f} ms of decoding and "
+                f"{stages.write_place * _native_places(engine) * 1000:.1f} ms of writing; kept in {path}",
                 soft_wrap=True,
             )
     finally:
@@ -95,6 +99,29 @@ async def _seconds(engine: Engine, backend: Backend, rows: int, shape: tuple[int
     began = time.perf_counter()
     await backend.predict(engine, latents, timesteps, states)
     return time.perf_counter() - began
+
+
+async def measure_stages(engine: Engine, backend: Backend) -> StageCosts:
+    """Medians of what an image costs beside its steps, at the native size. Raises RequestError."""
+    scale, channels = engine.latents.downsampling, engine.latents.channels
+    shape = 1, channels, engine.native_height // scale, engine.native_width // scale
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    encode, decode, write = [], [], []
+    for number in range(ROUNDS + 1):
+        began = time.perf_counter()
+        await backend.encode_text(engine, f"a lake, number {number}", ())
+        encoded = time.perf_counter()
+        [pixels] = await backend.decode(engine, latents)
+        decoded = time.perf_counter()
+        images.encode(pixels, Output("image/png", None))
+        written = time.perf_counter()
+        # The first calls make kernels and memory.
+        if number > 0:
+            encode.append(encoded - began)
+            decode.append(decoded - encoded)
+            write.append(written - decoded)
+    places = _native_places(engine)
+    return StageCosts(statistics.median(encode), statistics.median(decode) / places, statistics.median(write) / places)
 
 
 def shapes(engine: Engine) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
     seconds(rows, places) = call + rows * (place * places + square * places^2)
 
 `places` is the latents' height times width: convolutions grow with it, attention with its square. `sdserver calibrate`
-measures calls and fits the three numbers.
+measures calls and fits the three numbers. What is done once an image is measured beside them, for `sdserver plan`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,25 @@ class CostModel:
         return self.place * places + self.square * places**2
 
 
+@dataclass(frozen=True, slots=True)
+class StageCosts:
+    """Seconds of what is done outside of the steps: of encoding a text, and for each place of an image's latents, of
+    decoding it and of writing its PNG file."""
+
+    encode: float
+    decode_place: float
+    write_place: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `sdserver calibrate` keeps of an engine. Files of older versions have no stages."""
+
+    engine_digest: str
+    cost_model: CostModel
+    stages: StageCosts | None
+
+
 def fit(measurements: Sequence[Measurement]) -> CostModel:
     """The cost model nearest to measurements of at least two shapes and two numbers of rows, by relative errors.
 
@@ -88,23 +107,46 @@ def read(folder: Path, engine: Engine) -> CostModel | None:
     if not path.exists():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if said["engine_digest"] != engine.digest:
-            log.warning("cost model is of another version of the engine; run sdserver calibrate", engine=engine.id)
-            return None
-        return CostModel(**said["cost_model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        calibration = load(path)
+    except CostModelError as error:
         log.warning("cost model cannot be read; run sdserver calibrate", path=str(path), error=str(error))
         return None
+    if calibration.engine_digest != engine.digest:
+        log.warning("cost model is of another version of the engine; run sdserver calibrate", engine=engine.id)
+        return None
+    return calibration.cost_model
 
 
-def write(folder: Path, engine: Engine, model: CostModel, measurements: Sequence[Measurement]) -> Path:
+class CostModelError(Exception):
+    """A file is not one that `write` wrote; says why."""
+
+
+def load(path: Path) -> Calibration:
+    """What a file keeps. Raises CostModelError."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        stages = said.get("stages")
+        return Calibration(
+            said["engine_digest"], CostModel(**said["cost_model"]), None if stages is None else StageCosts(**stages)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CostModelError(f"{type(error).__name__}: {error}") from error
+
+
+def write(
+    folder: Path,
+    engine: Engine,
+    model: CostModel,
+    measurements: Sequence[Measurement],
+    stages: StageCosts | None = None,
+) -> Path:
     """Keeps a cost model and what it was fitted to; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{engine.id}.json"
     said = {
         "engine_digest": engine.digest,
         "cost_model": asdict(model),
+        "stages": None if stages is None else asdict(stages),
         "measurements": [asdict(measurement) for measurement in measurements],
     }
     beside = path.with_suffix(".tmp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +13,12 @@ from sdserver.clip_guidance import GradientRow, steered, variance
 from sdserver.guidance import rescale_factor
 from sdserver.parameterization import c_in, denoised, denoised_by
 from sdserver.step_scheduler import Row
-from sdserver.windows import Cover, Grid, cover
+from sdserver.windows import Cover, Grid, cover, worthwhile_cover
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sdserver.block_cache import BlockCache
     from sdserver.clip_guidance import ClipGuide
     from sdserver.guidance import Guidance
     from sdserver.request import GenerationRequest
@@ -29,8 +31,9 @@ Array = NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class _Form:
     """How predictions under R text states, each [tokens, width], become the guided one and, for guidance rescale, the
-    conditional one: weights [1 or 2, R]."""
+    conditional one: weights [1 or 2, R]. `rows` are the text states' places in `Guidance.text_states`."""
 
+    rows: Sequence[int]
     weights: Array
     text_states: Sequence[Array]
 
@@ -44,17 +47,24 @@ class Denoiser:
         guidance: Guidance,
         scheduler: StepScheduler,
         clip: ClipGuide | None = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self._request = request
         self._guidance = guidance
         self._scheduler = scheduler
         self._clip = clip
+        self._cache = cache
         self._forms: dict[tuple[float, ...], _Form] = {}
         self._windows: Grid | None = None
         self.unet_rows = 0
         """UNet rows computed so far."""
         self.pixel_steps = 0
         """Pixels of the generated size, summed over them."""
+
+    @property
+    def cached_rows(self) -> int:
+        """Those of them of which block caching left out the inner blocks."""
+        return 0 if self._cache is None else self._cache.rows
 
     @property
     def clip_gradients(self) -> int:
@@ -65,7 +75,7 @@ class Denoiser:
         """[C, h, w] x0 as the sum of the rows' predictions; rows that add nothing are not computed."""
         request, engine = self._request, self._request.engine
         form = self._form(self._guidance.coefficients(query.step, request.steps))
-        predictions = await self._predict(query, form.text_states)
+        predictions = await self._predict(query, form)
         # x0 is affine in the prediction and the weights sum to 1, so guiding the predictions is guiding x0.
         flat = np.dot(form.weights, predictions.reshape(len(predictions), -1))
         prediction, *conditional = flat.reshape(-1, *predictions.shape[1:])
@@ -94,12 +104,12 @@ class Denoiser:
             rescaled = self._request.guidance_rescale != 0 and coefficients != conditional
             weights = np.array([coefficients, conditional] if rescaled else [coefficients], np.float32)
             used = np.flatnonzero(weights.any(axis=0))
-            form = _Form(weights[:, used], [self._guidance.text_states[row] for row in used])
+            form = _Form(used.tolist(), weights[:, used], [self._guidance.text_states[row] for row in used])
             self._forms[coefficients] = form
         return form
 
-    async def _predict(self, query: Query, text_states: Sequence[Array]) -> Array:
-        """[R, C, h, w] predictions of the UNet under R text states [tokens, width], window by window.
+    async def _predict(self, query: Query, form: _Form) -> Array:
+        """[R, C, h, w] predictions of the UNet under the R text states of `form`, window by window.
 
         Blending predictions is blending x0, which is affine in them at one noise level.
         """
@@ -107,13 +117,17 @@ class Denoiser:
         timestep = engine.noise_schedule.timestep(query.sigma)
         grid = self._grid(query.x)
         parts = [part * c_in(query.sigma) for part in grid.split(query.x)]
-        rows = [Row(part, timestep, states) for states in text_states for part in parts]
-        predictions = await self._scheduler.predict(rows, self._request.tenant)
+        rows = [Row(part, timestep, states) for states in form.text_states for part in parts]
+        if self._cache is None:
+            predictions = await self._scheduler.predict(rows, self._request.tenant)
+        else:
+            keys = list(product(form.rows, range(len(parts))))
+            predictions = await self._cache.predict(query.step, rows, keys)
         self.unet_rows += len(rows)
         self.pixel_steps += len(rows) * parts[0][0].size * engine.latents.downsampling**2
         if grid.whole:
             return predictions
-        return np.stack([grid.join(each) for each in np.split(predictions, len(text_states))])
+        return np.stack([grid.join(each) for each in np.split(predictions, len(form.text_states))])
 
     def _grid(self, latents: Array) -> Grid:
         """The windows in which the UNet sees latents [C, h, w], which are of the same size in all queries."""
@@ -124,11 +138,9 @@ class Denoiser:
 
     def _cover(self, length: int, ring: bool) -> Cover:
         windows, scale = self._request.windows, self._request.engine.latents.downsampling
-        size, overlap = (length, 0) if windows is None else (windows.size // scale, windows.overlap // scale)
-        if length < size + overlap:
-            # Two windows would nearly double the work for an image that the UNet still sees well as a whole.
-            size, overlap = length, 0
-        return cover(length, size, overlap, ring=ring)
+        if windows is None:
+            return cover(length, length, 0, ring=ring)
+        return worthwhile_cover(length, windows.size // scale, windows.overlap // scale, ring=ring)
 
     async def _pull_back(self, query: Query, text_states: Sequence[Array], weights: Array, gradient: Array) -> Array:
         """[C, h, w] the gradient by `query.x`, of the gradient [C, h, w] by x0 that `_predict` and weights [R] led to.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdserver.block_cache import BlockCache
 from sdserver.clip_guidance import ClipGuide
 from sdserver.step_scheduler import StepScheduler
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 
+# Of one call. Where there is no shared memory, they and the rest of it have to fit into one message to Triton.
+MOST_FEATURE_BYTES = 128 * 2**20
+
 
 class EngineSchedulers:
     """Batches what generations ask of an engine; the models work at the same time, each on its own batch.
@@ -34,13 +38,11 @@ class EngineSchedulers:
 
     def __init__(self, engine: Engine, backend: Backend, costs: CostModel | None, observer: Observer) -> None:
         self._engine = engine
-        self._costs = costs
         self._observer = observer
         self._schedulers: list[StepScheduler] = []
-        self.unet = self._scheduler("unet", backend.predict, self._unet_rows)
+        self.unet = self._scheduler("unet", backend.predict, partial(unet_rows, engine, costs))
         """Takes `step_scheduler.Row`s."""
-        # Few rows of the VAE a call: it computes them one by one, and who has his answer need not wait for others.
-        self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(most_rows, engine, 1))
+        self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(decoder_rows, engine))
         """Takes latents [C, h, w], gives pixels [H, W, 3]."""
         self.vae_encoder: StepScheduler | None = None
         """Takes pixels [3, H, W], gives latents [C, h, w]."""
@@ -57,6 +59,12 @@ class EngineSchedulers:
             self._clip_gradient = self._scheduler("clip_guidance", backend.clip_gradient, clip_rows)
             if "unet_gradient" in engine.optional_roles:
                 self._unet_gradient = self._scheduler("unet_gradient", backend.unet_gradient, clip_rows)
+        self._with_features: StepScheduler | None = None
+        self._from_features: StepScheduler | None = None
+        if engine.block_cache is not None:
+            rows = partial(cached_rows, engine, costs, engine.block_cache.channels)
+            self._with_features = self._scheduler("unet_with_features", backend.predict_with_features, rows)
+            self._from_features = self._scheduler("unet_from_features", backend.predict_from_features, rows)
         self._stack = AsyncExitStack()
 
     def _scheduler(
@@ -65,10 +73,6 @@ class EngineSchedulers:
         scheduler = StepScheduler(partial(model, self._engine), rows, self._observer.steps(self._engine.id, role))
         self._schedulers.append(scheduler)
         return scheduler
-
-    def _unet_rows(self, places: int) -> int:
-        most = most_rows(self._engine, self._engine.max_batch_rows, places)
-        return most if self._costs is None else min(most, self._costs.worthwhile_rows(places))
 
     async def __aenter__(self) -> Self:
         for scheduler in self._schedulers:
@@ -89,6 +93,30 @@ class EngineSchedulers:
             return None
         unet_gradient = self._unet_gradient if options.exact else None
         return partial(ClipGuide, options, target, self._clip_gradient, unet_gradient, request.tenant)
+
+    def block_cache(self, request: GenerationRequest) -> BlockCache | None:
+        """A cache for one pass of an image; None without block caching."""
+        if request.block_cache_interval == 1 or self._with_features is None or self._from_features is None:
+            return None
+        return BlockCache(request.block_cache_interval, self._with_features, self._from_features, request.tenant)
+
+
+def cached_rows(engine: Engine, costs: CostModel | None, channels: int, places: int) -> int:
+    """The most rows of so many places in a call of the UNet that gives or takes features of so many channels."""
+    most = MOST_FEATURE_BYTES // (channels * places * np.dtype(np.float32).itemsize)
+    return max(1, min(unet_rows(engine, costs, places), most))
+
+
+def unet_rows(engine: Engine, costs: CostModel | None, places: int) -> int:
+    """The most rows of so many places in a call of the UNet: as many as may be, and as pay where costs are known."""
+    most = most_rows(engine, engine.max_batch_rows, places)
+    return most if costs is None else min(most, costs.worthwhile_rows(places))
+
+
+def decoder_rows(engine: Engine, places: int) -> int:
+    """The most rows of so many places in a call of the VAE's decoder."""
+    # Few: it computes them one by one, and who has his answer need not wait for others.
+    return most_rows(engine, 1, places)
 
 
 def most_rows(engine: Engine, native: int, places: int) -> int:

@@ -20,7 +20,7 @@ DESCRIPTOR = "engine.json"
 SCHEDULES = ("native", "karras", "exponential")
 # The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient")
+OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache")
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -111,6 +111,13 @@ class ClipGuidance(_Data):
         return next((preset for preset in self.presets if name in ("", preset.name)), None)
 
 
+class BlockCache(_Data):
+    """What the role `unet_cache` hands over between steps."""
+
+    # Of the last up block's input: the second of the UNet's `block_out_channels`.
+    channels: Positive
+
+
 class Windows(_Data):
     """Overlapping squares in which an image is worked on. Sizes in pixels."""
 
@@ -168,6 +175,8 @@ class Engine(_Data):
     optional_roles: tuple[str, ...] = ()
     # For engines with the role `clip_guidance`; `unet_gradient` adds the exact mode.
     clip_guidance: ClipGuidance | None = None
+    # For engines with the role `unet_cache`.
+    block_cache: BlockCache | None = None
     # In which images are denoised that are larger than one of them and an overlap. None: always as a whole.
     windows: Windows | None = None
     # In which latents are decoded that are larger than one of them: bounds the decoder's memory. None: as a whole.
@@ -196,6 +205,8 @@ class Engine(_Data):
             raise ValueError("the optional role unet_gradient is for clip_guidance, which the engine has not")
         if self.clip_guidance and len({p.name for p in self.clip_guidance.presets}) < len(self.clip_guidance.presets):
             raise ValueError("two presets of clip_guidance have the same name")
+        if (self.block_cache is None) == ("unet_cache" in self.optional_roles):
+            raise ValueError("an engine has block_cache and the optional role unet_cache, or neither")
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
         if self.windows and self.windows.size % self.limits.size_multiple:

@@ -98,6 +98,7 @@ class Generation:
                     sum(denoiser.unet_rows for denoiser in self.denoisers),
                     self.pixel_steps,
                     sum(denoiser.clip_gradients for denoiser in self.denoisers),
+                    sum(denoiser.cached_rows for denoiser in self.denoisers),
                 ),
                 Timings(
                     queue=started - self.encoded,
@@ -167,7 +168,8 @@ class Generation:
 
     def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
-        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet, clip)
+        cache = self.schedulers.block_cache(self.request)
+        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet, clip, cache)
         self.denoisers.append(denoiser)
 
         async def denoise(query: Query) -> Array:

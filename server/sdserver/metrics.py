@@ -91,7 +91,7 @@ class Metrics(Observer):
         self._stages.labels(engine, stage).observe(time.monotonic() - start)
 
     def steps(self, engine: str, model: StepModel) -> StepObserver:
-        if model != "unet":
+        if model not in UNET_MODELS:
             return StepObserver()
         return _Steps(
             *(self._first_row.labels(engine), self._step.labels(engine), self._batch_rows.labels(engine)),

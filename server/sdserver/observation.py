@@ -14,8 +14,20 @@ if TYPE_CHECKING:
 Stage = Literal["queue", "encode", "denoise", "decode", "write"]
 """Parts of a generation: waiting for its place, prompts to text states, steps, latents to pixels, pixels to a file."""
 
-StepModel = Literal["unet", "vae_decoder", "vae_encoder", "clip_guidance", "unet_gradient"]
-"""Models that generations ask, each through a step scheduler of its own."""
+StepModel = Literal[
+    "unet",
+    "unet_with_features",
+    "unet_from_features",
+    "vae_decoder",
+    "vae_encoder",
+    "clip_guidance",
+    "unet_gradient",
+]
+"""Models that generations ask, each through a step scheduler of its own. The second and third are the two modes of
+`unet_cache`."""
+
+UNET_MODELS: tuple[StepModel, ...] = ("unet", "unet_with_features", "unet_from_features")
+"""Those that compute UNet rows."""
 
 ANONYMOUS = "anonymous"
 """The tenant of everybody where there are no API keys."""

@@ -81,7 +81,7 @@ class Pipeline:
 
         The work goes on while a reader is slow; of the progress it then sees only the latest.
         """
-        with self._admission.enter() as place, self.pool.use(request.engine) as schedulers:
+        with self._admission.enter(request.tenant) as place, self.pool.use(request.engine) as schedulers:
             arrival = time.monotonic()
             async with self._time_limit():
                 with self._observer.stage(request.engine.id, "encode"):

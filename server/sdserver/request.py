@@ -137,6 +137,8 @@ class GenerationRequest:
     variation: Variation | None = None
     two_pass: TwoPass | None = None
     """None: one pass."""
+    block_cache_interval: int = 1
+    """Steps from one run of the whole UNet to the next; 1: each evaluation is one."""
     windows: Windows | None = None
     """In which the UNet sees the image one by one; None: as a whole."""
     tile_x: bool = False
@@ -233,12 +235,14 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was computed; `pixel_steps` are the pixels that the UNet saw, summed over its rows."""
+    """What was computed; `pixel_steps` are the pixels that the UNet saw, summed over its rows, and `cached_rows` those
+    rows of which block caching left out the inner blocks."""
 
     image_count: int
     unet_rows: int
     pixel_steps: int
     clip_gradients: int
+    cached_rows: int
 
 
 @dataclass(frozen=True, slots=True)

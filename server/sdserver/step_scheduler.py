@@ -1,22 +1,21 @@
 """One call of a model for the rows of many generations: requests join and leave the batch at every denoising step.
 
 While a call runs, rows of other generations wait; the next call takes those whose turn it is (`fair_queue`) and
-whatever of their shape fits beside them. Nothing but the shapes has to agree: sampler, step, guidance and prompts
-differ freely.
-
-A full batch is sent while another call runs, so that the model goes on without a pause. One that is not full waits
-until the running call has answered: the rows that come back then, for their next step, may join it.
+whatever of their shape fits beside them (`batching`). Nothing but the shapes has to agree: sampler, step, guidance and
+prompts differ freely.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdserver.batching import Batch, next_batch
 from sdserver.fair_queue import FairQueue
 from sdserver.observation import ANONYMOUS, StepObserver
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 Rows = NDArray[Any]
-
-# One that runs, and one behind it.
-MAX_CALLS = 2
 
 
 class Row(NamedTuple):
@@ -54,6 +50,10 @@ class _Ask:
     missing: int
     parts: list[tuple[int, Rows]] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
     def answered(self, start: int, predictions: Rows) -> None:
         """Takes the predictions of some rows, from `start` on."""
         self.parts.append((start, predictions))
@@ -61,25 +61,6 @@ class _Ask:
         if self.missing == 0 and not self.answer.done():
             whole = [part for _, part in sorted(self.parts, key=lambda item: item[0])]
             self.answer.set_result(whole[0] if len(whole) == 1 else np.concatenate(whole))
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Rows of one call: of each ask so many, from a place on."""
-
-    shape: Hashable
-    tenant: str
-    bound: int
-    parts: list[tuple[_Ask, int, int]] = field(default_factory=list)
-    call: asyncio.Task[None] | None = None
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for _, _, rows in self.parts)
-
-    @property
-    def useful_rows(self) -> int:
-        return sum(rows for ask, _, rows in self.parts if not ask.answer.done())
 
 
 class StepScheduler:
@@ -97,7 +78,7 @@ class StepScheduler:
         self._bound = bound
         self._observer = observer or StepObserver()
         self._queue: FairQueue[_Ask] = FairQueue()
-        self._batches: list[_Batch] = []
+        self._calls: dict[Batch[_Ask], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._asks: set[_Ask] = set()
@@ -110,7 +91,7 @@ class StepScheduler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._worker is not None
-        tasks = [self._worker, *(batch.call for batch in self._batches if batch.call)]
+        tasks = [self._worker, *self._calls.values()]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -143,9 +124,9 @@ class StepScheduler:
 
     def _withdraw(self, ask: _Ask) -> None:
         self._queue.remove(ask)
-        for batch in self._batches:
-            if batch.call is not None and not batch.useful_rows:
-                batch.call.cancel()
+        for batch, call in self._calls.items():
+            if not _useful_rows(batch):
+                call.cancel()
 
     async def _work(self) -> None:
         while True:
@@ -155,35 +136,15 @@ class StepScheduler:
                 # One turn of the event loop: generations that the last call answered ask for their next step now, and
                 # so get into the same batch again.
                 await asyncio.sleep(0)
-            while (batch := self._next_batch()) is not None:
-                self._batches.append(batch)
-                batch.call = asyncio.create_task(self._call(batch), name="model call")
+            while (batch := next_batch(self._queue, self._calls, self._bound)) is not None:
+                call = asyncio.create_task(self._call(batch), name="model call")
+                self._calls[batch] = call
+                # No `finally` of a task runs that is cancelled before its first turn.
+                call.add_done_callback(partial(self._ended, batch))
             if not self._asks:
                 self._queue.reset()
 
-    def _next_batch(self) -> _Batch | None:
-        """The batch that can be sent now."""
-        turn = self._queue.turn()
-        if turn is None or len(self._batches) == MAX_CALLS:
-            return None
-        bound = self._bound(turn.first.row_work)
-        for running in self._batches:
-            if running.shape == turn.shape:
-                if self._queue.waiting(turn.shape, bound) < bound:
-                    return None
-            elif turn.time > self._queue.time_of(running.tenant, running.shape):
-                # It is the turn of rows that the running call gives back.
-                return None
-        batch = _Batch(turn.shape, turn.tenant, bound)
-
-        def took(ask: _Ask, rows: int) -> None:
-            batch.parts.append((ask, len(ask.rows) - ask.waiting, rows))
-            ask.waiting -= rows
-
-        self._queue.take(turn, bound, took)
-        return batch
-
-    async def _call(self, batch: _Batch) -> None:
+    async def _call(self, batch: Batch[_Ask]) -> None:
         rows = [row for ask, start, count in batch.parts for row in ask.rows[start : start + count]]
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -198,14 +159,20 @@ class StepScheduler:
                 if not ask.answer.done():
                     ask.answer.set_exception(error)
             return
-        finally:
-            self._batches.remove(batch)
-            self._changed.set()
-        self._observer.called(len(rows), batch.useful_rows, batch.bound, loop.time() - began)
+        self._observer.called(len(rows), _useful_rows(batch), batch.bound, loop.time() - began)
         at = 0
         for ask, start, count in batch.parts:
             ask.answered(start, predictions[at : at + count])
             at += count
+
+    def _ended(self, batch: Batch[_Ask], call: asyncio.Task[None]) -> None:
+        del self._calls[batch]
+        self._changed.set()
+
+
+def _useful_rows(batch: Batch[_Ask]) -> int:
+    """Rows for which somebody still waits."""
+    return sum(rows for ask, _, rows in batch.parts if not ask.answer.done())
 
 
 def _stacked(values: Sequence[Any]) -> NDArray[Any]:

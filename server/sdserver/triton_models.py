@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sdserver.engines import Engine
 
 
@@ -18,9 +20,10 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states} and {features} stand for an
-    engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached} stand
+    for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
+    optional_inputs: tuple[tuple[str, str, str], ...] = ()
 
 
 _LATENTS = "{channels}, -1, -1"
@@ -71,6 +74,13 @@ _ROLES = {
         (*_UNET_INPUTS, ("gradient", "FP32", _LATENTS)),
         (("latent_gradient", "FP32", _LATENTS),),
     ),
+    "unet_cache": _Role(
+        "A denoising step's prediction and the features behind it, or a prediction from features.",
+        "UNetCacheModel",
+        _UNET_INPUTS,
+        (("prediction", "FP32", "-1, -1, -1"),),
+        (("features", "FP32", "{cached}, -1, -1"),),
+    ),
 }
 
 
@@ -90,7 +100,12 @@ def model_files(engine: Engine, features: int | None) -> dict[str, str]:
 
 
 def _configuration(engine: Engine, role: str, features: int | None) -> str:
-    numbers = {"channels": engine.latents.channels, "states": engine.text_encoder.width, "features": features}
+    numbers = {
+        "channels": engine.latents.channels,
+        "states": engine.text_encoder.width,
+        "features": features,
+        "cached": None if engine.block_cache is None else engine.block_cache.channels,
+    }
     # A text encoder call is one text, because texts differ in length.
     batch = 1 if role == "text_encoder" else engine.max_batch_rows
     described = _ROLES[role]
@@ -98,7 +113,7 @@ def _configuration(engine: Engine, role: str, features: int | None) -> str:
     lines = [
         'backend: "python"',
         f"max_batch_size: {batch}",
-        *_tensors("input", described.inputs, numbers),
+        *_tensors("input", described.inputs, numbers, described.optional_inputs),
         *_tensors("output", outputs, numbers),
         "instance_group [ { kind: KIND_CPU } ]",
         f'parameters {{ key: "engine" value: {{ string_value: "engines/{engine.id}" }} }}',
@@ -112,11 +127,15 @@ def _configuration(engine: Engine, role: str, features: int | None) -> str:
 
 
 def _tensors(
-    kind: str, tensors: list[tuple[str, str, str]] | tuple[tuple[str, str, str], ...], numbers: dict[str, int | None]
+    kind: str,
+    tensors: Sequence[tuple[str, str, str]],
+    numbers: dict[str, int | None],
+    optional: Sequence[tuple[str, str, str]] = (),
 ) -> list[str]:
     rows = [
-        f'  {{ name: "{name}" data_type: TYPE_{dtype} dims: [ {dims.format(**numbers)} ] }}'
-        for name, dtype, dims in tensors
+        f'  {{ name: "{name}" data_type: TYPE_{dtype} dims: [ {dims.format(**numbers)} ]{also} }}'
+        for described, also in ((tensors, ""), (optional, " optional: true"))
+        for name, dtype, dims in described
     ]
     return [f"{kind} [", ",\n".join(rows), "]"]
 

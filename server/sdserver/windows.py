@@ -85,6 +85,16 @@ def cover(length: int, size: int, overlap: int, *, ring: bool = False) -> Cover:
     return Cover(length, size, tuple(_share(length - size, index, count - 1) for index in range(count)))
 
 
+def worthwhile_cover(length: int, size: int, overlap: int, *, ring: bool = False) -> Cover:
+    """As `cover`, but one window for a length below that of a window and an overlap.
+
+    Two windows would nearly double the work for a picture that the UNet still sees well as a whole.
+    """
+    if length < size + overlap:
+        size, overlap = length, 0
+    return cover(length, size, overlap, ring=ring)
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Windows of a picture: each of `rows`, which cover its height, crossed with each of `columns`, which cover its

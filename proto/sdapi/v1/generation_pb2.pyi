@@ -46,7 +46,7 @@ SAFETY_OUTCOME_BLURRED: SafetyOutcome
 SAFETY_OUTCOME_BLOCKED: SafetyOutcome
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds", "outpaint", "variation", "two_pass", "windows", "tile_x", "tile_y")
+    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds", "outpaint", "variation", "two_pass", "windows", "tile_x", "tile_y", "block_cache")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class GenerateRequest(_message.Message):
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
     TILE_X_FIELD_NUMBER: _ClassVar[int]
     TILE_Y_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_CACHE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     engine: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
@@ -103,7 +104,8 @@ class GenerateRequest(_message.Message):
     windows: Windows
     tile_x: bool
     tile_y: bool
-    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., outpaint: _Optional[_Union[Outpaint, _Mapping]] = ..., variation: _Optional[_Union[Variation, _Mapping]] = ..., two_pass: _Optional[_Union[TwoPass, _Mapping]] = ..., windows: _Optional[_Union[Windows, _Mapping]] = ..., tile_x: _Optional[bool] = ..., tile_y: _Optional[bool] = ...) -> None: ...
+    block_cache: BlockCache
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., outpaint: _Optional[_Union[Outpaint, _Mapping]] = ..., variation: _Optional[_Union[Variation, _Mapping]] = ..., two_pass: _Optional[_Union[TwoPass, _Mapping]] = ..., windows: _Optional[_Union[Windows, _Mapping]] = ..., tile_x: _Optional[bool] = ..., tile_y: _Optional[bool] = ..., block_cache: _Optional[_Union[BlockCache, _Mapping]] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("text", "weight", "emphasis")
@@ -212,6 +214,12 @@ class Windows(_message.Message):
     size: int
     overlap: int
     def __init__(self, size: _Optional[int] = ..., overlap: _Optional[int] = ...) -> None: ...
+
+class BlockCache(_message.Message):
+    __slots__ = ("interval",)
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    interval: int
+    def __init__(self, interval: _Optional[int] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("media_type", "quality", "metadata")
@@ -332,16 +340,18 @@ class Finished(_message.Message):
     def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("image_count", "unet_rows", "pixel_steps", "clip_gradients")
+    __slots__ = ("image_count", "unet_rows", "pixel_steps", "clip_gradients", "cached_rows")
     IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     UNET_ROWS_FIELD_NUMBER: _ClassVar[int]
     PIXEL_STEPS_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_ROWS_FIELD_NUMBER: _ClassVar[int]
     image_count: int
     unet_rows: int
     pixel_steps: int
     clip_gradients: int
-    def __init__(self, image_count: _Optional[int] = ..., unet_rows: _Optional[int] = ..., pixel_steps: _Optional[int] = ..., clip_gradients: _Optional[int] = ...) -> None: ...
+    cached_rows: int
+    def __init__(self, image_count: _Optional[int] = ..., unet_rows: _Optional[int] = ..., pixel_steps: _Optional[int] = ..., clip_gradients: _Optional[int] = ..., cached_rows: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue", "encode", "denoise", "decode", "total")

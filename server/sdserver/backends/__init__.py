@@ -46,6 +46,21 @@ class Backend(Protocol):
         """[B, C, h, w] UNet predictions for latents [B, C, h, w], timesteps [B], text states [B, tokens, width]."""
         ...
 
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        """[B, C + F, h, w] the predictions of `predict` and, in the channels after them, features [B, F, h, w].
+
+        F is `engine.block_cache.channels`; only where the engine has it.
+        """
+        ...
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        """[B, C, h, w] predictions by the UNet's outermost blocks, from features [B, F, h, w] of another step."""
+        ...
+
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         """[B, H, W, 3] pixels of latents [B, C, h, w] in the UNet's scale."""
         ...

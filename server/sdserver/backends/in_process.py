@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdmodels.clip_guidance import ClipGuidance
-    from sdmodels.runtimes import Predict
+    from sdmodels.runtimes import Predict, PredictCached
     from sdmodels.safety import SafetyClassifier
     from sdmodels.text_encoder import TextEncoder
     from sdmodels.unet_gradient import UNetGradient
@@ -43,6 +43,7 @@ class _Models:
     vae_encoder: VaeEncoder | None
     clip_guidance: ClipGuidance | None
     unet_gradient: UNetGradient | None
+    unet_cache: PredictCached | None
 
 
 class InProcessBackend:
@@ -70,6 +71,23 @@ class InProcessBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         return await self._run(engine, "unet", self._loaded(engine).unet, latents, timesteps, text_states)
+
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        unet_cache = self._unet_cache(engine)
+        return await self._run(engine, "unet_cache", unet_cache, latents, timesteps, text_states, None)
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        unet_cache = self._unet_cache(engine)
+        return await self._run(engine, "unet_cache", unet_cache, latents, timesteps, text_states, features)
+
+    def _unet_cache(self, engine: Engine) -> PredictCached:
+        unet_cache = self._loaded(engine).unet_cache
+        assert unet_cache is not None
+        return unet_cache
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         return await self._run(engine, "vae_decoder", self._loaded(engine).vae_decoder, latents)
@@ -130,7 +148,7 @@ class InProcessBackend:
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.clip_guidance import ClipGuidance
             from sdmodels.cores import physical_cores
-            from sdmodels.runtimes import load_unet
+            from sdmodels.runtimes import load_unet, load_unet_cache
             from sdmodels.text_encoder import TextEncoder
             from sdmodels.unet_gradient import UNetGradient
             from sdmodels.vae import VaeDecoder, VaeEncoder
@@ -142,6 +160,7 @@ class InProcessBackend:
                 VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
                 ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
                 UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
+                load_unet_cache(folder, physical_cores()) if "unet_cache" in engine.optional_roles else None,
             )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)

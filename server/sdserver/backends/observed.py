@@ -26,6 +26,18 @@ class ObservedBackend:
         with self._observer.model(engine.id, "unet", len(latents)):
             return await self._backend.predict(engine, latents, timesteps, text_states)
 
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        with self._observer.model(engine.id, "unet_cache", len(latents)):
+            return await self._backend.predict_with_features(engine, latents, timesteps, text_states)
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        with self._observer.model(engine.id, "unet_cache", len(latents)):
+            return await self._backend.predict_from_features(engine, latents, timesteps, text_states, features)
+
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         with self._observer.model(engine.id, "vae_decoder", len(latents)):
             return await self._backend.decode(engine, latents)

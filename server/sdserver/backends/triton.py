@@ -84,6 +84,26 @@ class TritonBackend:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
         return await self._mapped(engine.model("unet"), inputs, "prediction", latents.shape, np.float32)
 
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        assert engine.block_cache is not None
+        inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
+        rows, channels, height, width = latents.shape
+        shape = rows, channels + engine.block_cache.channels, height, width
+        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        inputs = {
+            "latents": latents,
+            "timestep": timesteps[:, None],
+            "text_states": text_states,
+            "features": features,
+        }
+        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", latents.shape, np.float32)
+
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         rows, _, height, width = latents.shape
         scale = engine.latents.downsampling

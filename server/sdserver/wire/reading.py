@@ -32,6 +32,7 @@ MAX_GUIDANCE_SCALE = 100.0
 MAX_CHURN = 100.0
 
 DEFAULT_PREVIEW_STEPS = 5
+DEFAULT_BLOCK_CACHE_INTERVAL = 2
 
 # What needs an engine's `vae_encoder`.
 IMAGE_TO_IMAGE = ("init_image", "mask", "outpaint", "two_pass")
@@ -65,6 +66,8 @@ def to_request(
         raise NotSupported(f"engine {engine.id} has no windows; leave them out", field="windows")
     if message.HasField("clip_guidance") and engine.clip_guidance is None:
         raise NotSupported(f"engine {engine.id} has no CLIP guidance; leave it out", field="clip_guidance")
+    if message.HasField("block_cache") and engine.block_cache is None:
+        raise NotSupported(f"engine {engine.id} has no block caching; leave block_cache out", field="block_cache")
     if message.clip_guidance.exact and "unet_gradient" not in engine.optional_roles:
         raise NotSupported(
             f"engine {engine.id} has no exact CLIP guidance; leave exact out", field="clip_guidance.exact"
@@ -117,6 +120,7 @@ class _Reader:
             guidance_interval=self._guidance_interval(),
             guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
             clip_guidance=read_clip_guidance(message, self._engine, prompts, self._violations),
+            block_cache_interval=self._block_cache_interval(),
             output=self._output(),
             preview_every_steps=self._preview_every_steps(),
             outpaint=image_fields.outpaint,
@@ -279,6 +283,21 @@ class _Reader:
         if not 1 <= every <= most:
             self._violations["preview.every_steps"] = f"{every} is not an integer from 1 to {most}"
         return every
+
+    def _block_cache_interval(self) -> int:
+        message, most = self._message, self._engine.limits.max_steps
+        if not message.HasField("block_cache"):
+            return 1
+        given = message.block_cache
+        interval = given.interval if given.HasField("interval") else DEFAULT_BLOCK_CACHE_INTERVAL
+        if not 1 <= interval <= most:
+            self._violations["block_cache.interval"] = f"{interval} is not an integer from 1 to {most}"
+        if interval != 1 and message.clip_guidance.exact:
+            self._violations["block_cache"] = (
+                "not together with clip_guidance.exact, which needs the gradient of the whole UNet in each step; leave "
+                "one of them out"
+            )
+        return interval
 
     def _output(self) -> Output:
         output = self._message.output

@@ -76,6 +76,9 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         outpaint=None if request.outpaint is None else generation_pb2.Outpaint(**asdict(request.outpaint)),
         variation=None if request.variation is None else generation_pb2.Variation(**asdict(request.variation)),
         two_pass=None if request.two_pass is None else generation_pb2.TwoPass(**asdict(request.two_pass)),
+        block_cache=None
+        if request.block_cache_interval == 1
+        else generation_pb2.BlockCache(interval=request.block_cache_interval),
         windows=_windows(request),
         tile_x=request.tile_x,
         tile_y=request.tile_y,
@@ -142,6 +145,7 @@ def from_event(event: Event) -> generation_pb2.GenerateResponse:
                         unet_rows=event.usage.unet_rows,
                         pixel_steps=event.usage.pixel_steps,
                         clip_gradients=event.usage.clip_gradients,
+                        cached_rows=event.usage.cached_rows,
                     ),
                     timings=generation_pb2.Timings(
                         queue=_duration(event.timings.queue),
@@ -206,6 +210,7 @@ def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> 
         eta_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("eta")],  # type: ignore[misc]
         churn_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
         safety_mode=SAFETY_MODE_NAMES.number(safety_mode or "off"),  # type: ignore[arg-type]
+        block_cache=engine.block_cache is not None,
         clip_guidance=None
         if engine.clip_guidance is None
         else engine_pb2.ClipGuidanceSupport(
