@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format proto bench serve chart check-helm check-images train evaluate clean
+.PHONY: demo test check format proto bench bench-full invariance serve chart check-helm check-images train evaluate clean
 
 demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
 	$(BIN)/python examples/demo.py
@@ -26,12 +26,23 @@ format: .venv/.ready ## Format the code and the contract.
 proto: .venv/.ready ## Generate the stubs from the contract.
 	$(BIN)/python scripts/generate_stubs.py proto
 
-bench: .venv/.ready ## Measure import time, the cost of the server and of files, and one image against a diffusers pipeline.
+bench: .venv/.ready ## Measure speed and memory, against diffusers, request-level batching and bounds; a quarter of an hour.
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.server_costs
 	$(BIN)/python -m benchmarks.encoding
 	$(BIN)/python -m benchmarks.one_image
 	$(BIN)/python -m benchmarks.clip_guidance
+	$(BIN)/python -m benchmarks.block_cache
+	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.server_alone
+	$(BIN)/python -m benchmarks.scheduling
+	$(BIN)/python -m benchmarks.load
+
+bench-full: .venv/.ready ## Measure a step of SD 2.1's own UNet, with random weights; 12 GB of memory.
+	$(BIN)/python -m benchmarks.full_size
+
+invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ.
+	INVARIANCE_CASES=420 $(BIN)/python -m pytest tests/test_batch_invariance.py
 
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from sdmodels.cores import physical_cores
-from sdmodels.runtimes import default_runtime, load_unet
+from sdmodels.runtimes import default_device, default_runtime, load_unet
 
 from benchmarks.harness import machine, spread
 
@@ -75,7 +75,7 @@ def measure(folder: Path, rounds: int, dtypes: list[torch.dtype]) -> dict[str, l
     timesteps = np.full(ROWS, 500, np.float32)
     began = time.perf_counter()
     models = {"ours": load_unet(folder, physical_cores())}
-    print(f"ours ({default_runtime()}): ready after {time.perf_counter() - began:.0f} s")
+    print(f"ours ({default_runtime(default_device())}): ready after {time.perf_counter() - began:.0f} s")
     models |= {str(dtype).removeprefix("torch."): diffusers_unet(folder, dtype) for dtype in dtypes}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):

@@ -38,7 +38,7 @@ from sdmodels.python_backend import UNetModel
 
 
 class TritonPythonModel(UNetModel):
-    def start(self, engine_folder, threads):
+    def start(self, engine_folder, device, threads):
         return lambda latents, timestep, text_states: (latents,)
 '''
 

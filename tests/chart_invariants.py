@@ -15,7 +15,16 @@ from charts import Object, containers, environment, of_kind, pod_templates
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SUFFIXES: dict[str, int | Fraction] = {"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
+SUFFIXES: dict[str, int | Fraction] = {
+    "": 1,
+    "m": Fraction(1, 1000),
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "P": 10**15,
+    "E": 10**18,
+}
 SUFFIXES |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)}
 EXTENDED = re.compile(r"^(?!kubernetes\.io/)[a-z0-9.-]+/")
 HANDLERS = {"exec", "grpc", "httpGet", "tcpSocket"}

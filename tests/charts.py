@@ -57,10 +57,12 @@ def defaults() -> Object:
     return loaded
 
 
-def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
+def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE, upgrade: bool = False) -> dict[str, str]:
     """Rendered templates by file, without the empty ones. Raises ChartRefused."""
     try:
-        files: dict[str, str] = _chart().render(values, name=name, namespace=namespace)
+        files: dict[str, str] = _chart().render(
+            values, name=name, namespace=namespace, is_install=not upgrade, is_upgrade=upgrade
+        )
     except (helm_python.HelmValuesError, helm_python.HelmRenderError) as error:
         if isinstance(error, helm_python.HelmRenderError) and "sd-service: " not in str(error):
             raise
@@ -68,15 +70,15 @@ def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE) -
     return {Path(file).name: text.strip() for file, text in sorted(files.items()) if text.strip()}
 
 
-def render(values: Object, name: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
-    """All objects of a release. Raises ChartRefused."""
-    objects: list[Object] = json.loads(_rendered(json.dumps(values), name, namespace))
+def render(values: Object, name: str = RELEASE, namespace: str = NAMESPACE, upgrade: bool = False) -> list[Object]:
+    """All objects of a release, at its install or at an upgrade. Raises ChartRefused."""
+    objects: list[Object] = json.loads(_rendered(json.dumps(values), name, namespace, upgrade))
     return objects
 
 
 @cache
-def _rendered(values: str, name: str, namespace: str) -> str:
-    files = templates(json.loads(values), name, namespace)
+def _rendered(values: str, name: str, namespace: str, upgrade: bool) -> str:
+    files = templates(json.loads(values), name, namespace, upgrade)
     files.pop("NOTES.txt")
     # The same as safe_load, in C.
     return json.dumps([each for text in files.values() for each in yaml.load_all(text, yaml.CSafeLoader) if each])

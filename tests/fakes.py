@@ -38,6 +38,10 @@ class FakeBackend:
     not_finite: bool = False
     texts: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    """The timesteps of rows whose features were asked for."""
+    cached: list[tuple[float, float]] = field(default_factory=list)
+    """The timesteps of rows from features, and those of their features."""
     decoded: int = 0
     encoded: list[Pixels] = field(default_factory=list)
     clip_seeds: list[int] = field(default_factory=list)
@@ -95,6 +99,26 @@ class FakeBackend:
         means = text_states.mean(axis=(1, 2))[:, None, None, None]
         prediction = (alpha * latents - means) / sigma
         return np.full_like(latents, np.nan) if self.not_finite else prediction.astype(np.float32)
+
+    async def predict_with_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
+    ) -> Floats:
+        """The features say the timestep in their first channel, and in the others what the text means."""
+        assert engine.block_cache is not None
+        self.whole += timesteps.tolist()
+        prediction = await self.predict(engine, latents, timesteps, text_states)
+        means = text_states.mean(axis=(1, 2))[:, None, None, None]
+        rows, _, height, width = latents.shape
+        features = np.broadcast_to(means, (rows, engine.block_cache.channels, height, width)).astype(np.float32)
+        features[:, 0] = timesteps[:, None, None]
+        return np.concatenate([prediction, features], axis=1)
+
+    async def predict_from_features(
+        self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        """As `predict`, of what the text of the features means."""
+        self.cached += zip(timesteps.tolist(), features[:, 0, 0, 0].tolist(), strict=True)
+        return await self.predict(engine, latents, timesteps, features[:, 1:2].mean(axis=(2, 3)).reshape(-1, 1, 1))
 
     def _alpha_and_sigma(self, engine: Engine, timesteps: Floats) -> tuple[Floats, Floats]:
         assert engine.prediction_type == "v_prediction"

@@ -72,7 +72,7 @@ def add_safety_model(repository: Path, name: str = "landscapes", **changes: obje
 max_batch_size: 16
 input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ 96, 96, 3 ] }} ]
 output [ {{ name: "score" data_type: TYPE_FP32 dims: [ {len(CLASSES)} ] }} ]
-instance_group [ {{ kind: KIND_CPU }} ]
+instance_group [ {{ kind: KIND_AUTO }} ]
 parameters {{ key: "safety" value: {{ string_value: "safety/{name}" }} }}
 parameters {{ key: "threads" value: {{ string_value: "1" }} }}
 """

@@ -99,6 +99,11 @@ def test_windows_and_tiling_are_options() -> None:
     assert generate("a lake", "--window-overlap", "64")["windows"].overlap == 64
 
 
+def test_block_caching_is_an_option() -> None:
+    assert generate("a lake", "--block-cache", "3")["block_cache"].interval == 3
+    assert "block_cache" not in generate("a lake")
+
+
 def test_what_is_not_said_is_not_sent() -> None:
     assert generate("a lake").keys() == {"prompts", "output"}
 

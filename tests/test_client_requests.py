@@ -12,6 +12,7 @@ from sdapi.v1 import generation_pb2, sampling_pb2
 from sdclient import (
     Accepted,
     Blending,
+    BlockCache,
     Client,
     ClipGuidance,
     Emphasis,
@@ -61,6 +62,7 @@ EVERYTHING: GenerateOptions = {
     "outpaint": Outpaint(left=64, bottom=8),
     "variation": Variation(0.3, seed=2**63 - 1),
     "two_pass": TwoPass(width=128, height=64, strength=0.0),
+    "block_cache": BlockCache(interval=3),
     "windows": Windows(size=512, overlap=128),
     "tile_x": True,
     "tile_y": True,

@@ -11,8 +11,8 @@ from fakes import FakeBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from sdserver import cost_model
-from sdserver.calibrate import chart, measure, numbers_of_rows, shapes
-from sdserver.cost_model import CostModel, Measurement
+from sdserver.calibrate import chart, measure, measure_stages, numbers_of_rows, shapes
+from sdserver.cost_model import Calibration, CostModel, Measurement, StageCosts
 from sdserver.engine_schedulers import most_rows, unet_rows
 
 if TYPE_CHECKING:
@@ -73,8 +73,25 @@ def test_what_was_measured_is_kept_until_the_engine_changes(catalog: Catalog, tm
     cost_model.write(tmp_path / "folder", engine, TRUE, measurements_of(TRUE))
     assert cost_model.read(tmp_path / "folder", engine) == TRUE
     assert cost_model.read(tmp_path / "folder", engine.model_copy(update={"digest": "sha256:other"})) is None
-    (tmp_path / "folder" / f"{engine.id}.json").write_text("{")
-    assert cost_model.read(tmp_path / "folder", engine) is None
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "folder" / f"{engine.id}.json").write_text(damaged)
+        assert cost_model.read(tmp_path / "folder", engine) is None
+
+
+def test_what_is_done_once_an_image_is_kept_beside_it(catalog: Catalog, tmp_path: Path) -> None:
+    engine, stages = catalog.default, StageCosts(0.001, 2e-5, 3e-6)
+    path = cost_model.write(tmp_path, engine, TRUE, measurements_of(TRUE), stages)
+    assert cost_model.load(path) == Calibration(engine.digest, TRUE, stages)
+    cost_model.write(tmp_path, engine, TRUE, measurements_of(TRUE))
+    assert cost_model.load(path) == Calibration(engine.digest, TRUE, None)
+
+
+async def test_calibrating_measures_what_is_done_once_an_image(catalog: Catalog) -> None:
+    engine, backend = catalog.default, FakeBackend(encode_delay=0.002)
+    stages = await measure_stages(engine, backend)
+    assert stages.encode >= 0.002
+    assert min(stages.decode_place, stages.write_place) > 0
+    assert len(set(backend.texts)) == len(backend.texts) == backend.decoded
 
 
 async def test_calibrating_measures_each_shape_with_one_row_and_with_the_most(catalog: Catalog) -> None:

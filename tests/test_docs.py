@@ -91,6 +91,16 @@ async def test_the_python_and_the_commands_of_the_images_run(triton_settings: Se
     assert size(tmp_path / "variation-2.png") == (128, 128)
 
 
+async def test_the_python_and_the_command_of_block_caching_run(triton_settings: ServeSettings, tmp_path: Path) -> None:
+    [code], [command] = blocks("python", "docs/block-caching.md"), blocks("sh", "docs/block-caching.md")
+    async with Server(triton_settings) as server:
+        address = f"127.0.0.1:{server.port}"
+        await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, address)])
+        await run(tmp_path, shlex.split(command), SDCLIENT_SERVER=address)
+    # The same request, by either way.
+    assert (tmp_path / "lake.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["quickstart", "stream", "asynchronous", "errors", "panorama", "images"])
 async def test_the_examples_run(triton_settings: ServeSettings, tmp_path: Path, name: str) -> None:
     code = (ROOT / "examples" / f"{name}.py").read_text()

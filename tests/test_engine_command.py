@@ -86,6 +86,50 @@ def test_list_and_verify_show_the_engines(
     assert "sdserver engine list" in capsys.readouterr().err
 
 
+def test_the_same_command_with_a_placement_changes_where_models_run_and_no_weights(
+    source: Path, tmp_path: Path, added: tuple[Path, dict[str, Any]]
+) -> None:
+    shutil.copytree(added[0], tmp_path, dirs_exist_ok=True)
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = ("add", str(source), "--title", "Small")
+    assert run(tmp_path, *again, "--device", "gpu", "--precision", "fp16", "--compile", "--threads", "2") == 0
+    stated = re.compile(r'kind: (\w+)|key: "(?!engine")(\w+)".*?: "(.*?)"')
+    said = {
+        path.parent.name.split(".")[1]: stated.findall(path.read_text()) for path in tmp_path.glob("*/config.pbtxt")
+    }
+    gpu, threads = ("KIND_GPU", "", ""), ("", "threads", "2")
+    assert said["unet"] == [gpu, threads, ("", "precision", "fp16"), ("", "compile", "true")]
+    assert said["vae_decoder"] == said["text_encoder"] == [gpu, threads]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
+    # Without one, it is the machine's again.
+    assert run(tmp_path, *again) == 0
+    assert "KIND_AUTO" in (tmp_path / "small-model-v1.unet/config.pbtxt").read_text()
+
+
+def test_with_block_caching_there_is_another_model_and_it_stays(
+    source: Path, tmp_path: Path, added: tuple[Path, dict[str, Any]]
+) -> None:
+    shutil.copytree(added[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "engines/small-model-v1"
+    assert load_engine(folder).block_cache is None
+    again = ("add", str(source), "--title", "Small")
+    for command in ((*again, "--block-cache"), again):
+        assert run(tmp_path, *command) == 0
+        engine = load_engine(folder)
+        assert engine.block_cache is not None
+        channels = json.loads((folder / "unet/config.json").read_text())["block_out_channels"]
+        assert engine.block_cache.channels == channels[1]
+        text = (tmp_path / engine.model("unet_cache") / "config.pbtxt").read_text()
+        assert f'name: "features" data_type: TYPE_FP32 dims: [ {channels[1]}, -1, -1 ] optional: true' in text
+
+
+@pytest.mark.parametrize("flags", ["--threads 0", "--row-buckets 2,0", "--device tpu", "--precision int8"])
+def test_a_placement_that_is_none_is_refused(flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, "add", "x", *flags.split())
+    assert "error: argument" in capsys.readouterr().err
+
+
 def test_remove_deletes_only_when_it_is_told_so(
     added: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

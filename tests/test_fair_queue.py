@@ -118,7 +118,7 @@ def test_what_was_taken_out_is_not_served() -> None:
     queue.put(stays)
     queue.remove(gone)
     queue.remove(gone)
-    assert len(queue) == 2
+    assert queue.rows == 2
     assert [ask for ask, _ in serve(queue, 8)] == [stays]
     assert queue.turn() is None
 
@@ -142,4 +142,4 @@ def test_every_row_is_served_once_and_batches_are_of_one_shape_and_no_larger_tha
         for ask, count in batch:
             rows[ask] += count
     assert [rows[ask] for ask in asks] == [count for _, _, count in asked]
-    assert len(queue) == 0
+    assert queue.rows == 0

@@ -298,7 +298,7 @@ def test_the_readmes_commands_are_of_files_and_values_that_there_are() -> None:
     installs = [shlex.split(command) for command in commands if command.startswith("helm install")]
     assert len(installs) == 2
     for _, _, release, chart, *options in installs:
-        assert CHART == CHART.parent / chart
+        assert (CHART.parent / chart) == CHART
         given = dict(zip(options[::2], options[1::2], strict=False))
         values = yaml.safe_load((CHART.parent / given["--values"]).read_text()) if "--values" in given else {}
         if "--set" in given:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -107,7 +107,8 @@ def serves(port: str, probe: Object) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         request = health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", ""))
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            answer = health.Check(request, timeout=5)
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

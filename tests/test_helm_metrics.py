@@ -234,12 +234,12 @@ FIRING: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "SDServiceStepsSlow": (
         {
-            "sdserver_step_seconds_sum{R,engine='e'}": "0+6x1400 8406+18x30",
-            "sdserver_step_seconds_count{R,engine='e'}": "0+60x1430",
+            "sdserver_step_seconds_sum{R,engine='e'}": "0+6x300 1806+18x30",
+            "sdserver_step_seconds_count{R,engine='e'}": "0+60x331",
         },
         {
-            "sdserver_step_seconds_sum{R,engine='e'}": "0+6x1400 8406+9x30",
-            "sdserver_step_seconds_count{R,engine='e'}": "0+60x1430",
+            "sdserver_step_seconds_sum{R,engine='e'}": "0+6x300 1806+9x30",
+            "sdserver_step_seconds_count{R,engine='e'}": "0+60x331",
         },
     ),
     "SDServiceWorkWasted": (

@@ -295,6 +295,18 @@ def test_pods_wait_for_the_engines_that_the_job_adds() -> None:
 def test_an_autoscaled_deployment_starts_with_its_least_pods_and_an_upgrade_leaves_their_number_alone() -> None:
     [server_at_first, triton_at_first] = charts.of_kind(release("keda"), "Deployment")
     assert (server_at_first["spec"]["replicas"], triton_at_first["spec"]["replicas"]) == (3, 1)
+    for each in charts.of_kind(charts.render(charts.values_of("keda"), upgrade=True), "Deployment"):
+        assert "replicas" not in each["spec"]
+
+
+def test_an_upgrade_with_the_same_values_changes_nothing_but_that() -> None:
+    for name in VALUES:
+        upgraded = charts.render(charts.values_of(name), upgrade=True)
+        for before, after in zip(release(name), upgraded, strict=True):
+            if before["kind"] == "Deployment":
+                before["spec"].pop("replicas")
+                after["spec"].pop("replicas", None)
+            assert before == after
 
 
 def test_no_budget_keeps_the_node_of_a_single_pod() -> None:

@@ -130,7 +130,7 @@ def test_all_switches_are_values() -> None:
     assert set(LEAVES) >= SWITCHES
 
 
-@settings(max_examples=500 if "CHECK_HELM" in os.environ else 40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500 if "CHECK_HELM" in os.environ else 25, suppress_health_check=list(HealthCheck))
 @given(values())
 def test_a_release_is_refused_in_a_sentence_or_holds_all_laws(chosen: Object) -> None:
     try:

@@ -118,7 +118,8 @@ def test_a_folder_that_cannot_be_written_is_left_alone(engine_folder: Path, tmp_
 
 
 def test_the_choice_of_a_runtime(engine_folder: Path) -> None:
-    assert default_runtime() == "openvino"
+    assert default_runtime("cpu") == "openvino"
+    assert default_runtime("cuda:0") == "torch"
     assert isinstance(load_unet(engine_folder, 1), OpenVinoUNet)
     assert isinstance(load_unet(engine_folder, 1, "torch"), UNet)
     with pytest.raises(ValueError, match="runtime is 'onnx'; it must be one of openvino, torch"):

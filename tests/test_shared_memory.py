@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from numpy.typing import NDArray
     from sdserver.backends import Floats
     from sdserver.engines import Catalog, Engine
     from sdserver.settings import ServeSettings
@@ -73,11 +74,11 @@ async def test_tensors_are_the_same_to_the_bit_whichever_way_they_travel(
     backend: TritonBackend, client: InferenceServerClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = rows(engine, 3)
-    mapped = await backend.predict(engine, *arrays), await backend.decode(engine, arrays[0])
+    mapped: list[NDArray[Any]] = [await backend.predict(engine, *arrays), await backend.decode(engine, arrays[0])]
     assert await ours(client)
     elsewhere = TritonBackend(backend._url)
     monkeypatch.setattr(elsewhere, "_memory", SharedMemory(elsewhere._client, "triton.example:8001"))
-    sent = await elsewhere.predict(engine, *arrays), await elsewhere.decode(engine, arrays[0])
+    sent: list[NDArray[Any]] = [await elsewhere.predict(engine, *arrays), await elsewhere.decode(engine, arrays[0])]
     await elsewhere.close()
     for one, other in zip(mapped, sent, strict=True):
         np.testing.assert_array_equal(one, other)

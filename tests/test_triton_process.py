@@ -101,6 +101,12 @@ def http_status(url: str, method: str = "GET") -> int:
             return error.code
 
 
+def listening(triton: TritonProcess) -> set[tuple[str, int]]:
+    """Addresses and ports that Triton listens on: gRPC is there before the others."""
+    connections = psutil.Process(triton.pid).net_connections()
+    return {(each.laddr.ip, each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN}
+
+
 def callers(triton: TritonProcess) -> set[tuple[str, int]]:
     """Whose connections Triton's gRPC has."""
     connections = psutil.Process(triton.pid).net_connections()
@@ -276,21 +282,43 @@ async def test_two_run_at_the_same_time_and_stopping_leaves_nothing(repository: 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_all_its_ports_listen_on_the_host_and_on_no_other(repository: Path, host: str) -> None:
     async with echo_triton(repository, host=host) as triton:
-        listening = [each.laddr for each in psutil.Process(triton.pid).net_connections() if each.status == "LISTEN"]
-        assert {address.port for address in listening} == {triton.grpc_port, triton.http_port, triton.metrics_port}
+        ports = {triton.grpc_port, triton.http_port, triton.metrics_port}
+        # gRPC is there first, and ready.
+        async with asyncio.timeout(20):
+            while {port for _, port in listening(triton)} != ports:
+                await asyncio.sleep(0.1)
         # gRPC says the same addresses as those of IPv6.
         spoken = {"::": "0.0.0.0", "::ffff:127.0.0.1": "127.0.0.1"}
-        assert {spoken.get(address.ip, address.ip) for address in listening} == {host}
+        assert {spoken.get(ip, ip) for ip, _ in listening(triton)} == {host}
         assert triton.address == "127.0.0.1"
+
+
+@needs_triton
+async def test_what_triton_logs_can_be_followed_until_it_ends(repository: Path) -> None:
+    async with echo_triton(repository) as triton, client_of(triton) as client:
+        lines: list[str] = []
+        following = asyncio.create_task(triton.follow_log(lines.append))
+        await asyncio.sleep(0.5)
+        # What was said before is not said again.
+        assert lines == []
+        await client.unload_model("echo")
+        await client.load_model("echo")
+        async with asyncio.timeout(20):
+            while not any("successfully loaded 'echo'" in line for line in lines):
+                await asyncio.sleep(0.1)
+        psutil.Process(triton.pid).kill()
+        await asyncio.wait_for(following, 10)
+        assert all(line and "\n" not in line for line in lines)
 
 
 @needs_triton
 async def test_the_metrics_may_listen_elsewhere_than_the_rest(repository: Path) -> None:
     async with echo_triton(repository, metrics_host="127.0.0.2") as triton:
+        async with asyncio.timeout(20):
+            while ("127.0.0.2", triton.metrics_port) not in listening(triton):
+                await asyncio.sleep(0.1)
         assert await asyncio.to_thread(http_status, f"http://127.0.0.2:{triton.metrics_port}/metrics") == 200
-        listening = [each.laddr for each in psutil.Process(triton.pid).net_connections() if each.status == "LISTEN"]
-        elsewhere = {address.port for address in listening if address.ip.endswith("127.0.0.2")}
-        assert elsewhere == {triton.metrics_port}
+        assert {port for ip, port in listening(triton) if ip.endswith("127.0.0.2")} == {triton.metrics_port}
 
 
 @needs_triton
@@ -306,6 +334,9 @@ async def test_others_of_the_network_get_only_what_the_server_needs(repository: 
             with pytest.raises(InferenceServerException, match="restricted"):
                 await refused
         web = f"http://127.0.0.1:{triton.http_port}/v2"
+        async with asyncio.timeout(20):
+            while triton.http_port not in {port for _, port in listening(triton)}:
+                await asyncio.sleep(0.1)
         assert await asyncio.to_thread(http_status, f"{web}/health/ready") == 200
         assert await asyncio.to_thread(http_status, f"{web}/repository/index", method="POST") == 403
         assert await asyncio.to_thread(http_status, f"{web}/models/echo/infer", method="POST") == 403

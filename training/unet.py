@@ -144,9 +144,7 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
     torch.manual_seed(seed)
     model = build()
     replicas = Replicas(model, threads)
-    optimizer = Muon(
-        model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01, threads=replicas.pool
-    )
+    optimizer = Muon(model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01, threads=replicas.pool)
     ema = Ema(model, 0.9992)
     seen = 0
     state: dict[str, Any] | None = run.resume()

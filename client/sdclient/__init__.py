@@ -48,6 +48,7 @@ from ._prompts import format_prompts, parse_prompts
 from ._sync import Client
 from ._types import (
     Blending,
+    BlockCache,
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,
@@ -81,6 +82,7 @@ __all__ = [
     "AsyncClient",
     "AuthenticationError",
     "Blending",
+    "BlockCache",
     "BlockedImageError",
     "CancelledError",
     "Client",

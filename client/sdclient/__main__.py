@@ -23,7 +23,7 @@ from ._image_flags import add_image_flags, image_options
 from ._inspect import inspect
 from ._reproduce import reproduce
 from ._terminal import print_sections, progress_bar
-from ._types import BlockCache, Blending, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
+from ._types import Blending, BlockCache, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -210,6 +210,8 @@ class Usage:
     """Pixels of the generated size, summed over the UNet rows."""
     clip_gradients: int = 0
     """Gradients of CLIP guidance computed: one for each evaluation in which it acts."""
+    cached_rows: int = 0
+    """Those of `unet_rows` of which block caching left out the inner blocks."""
 
 
 @dataclass(frozen=True, slots=True)

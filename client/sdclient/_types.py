@@ -254,7 +254,7 @@ class BlockCache:
     """
 
     interval: int | None = None
-    """Steps from one whole run to the next; 1 is no caching. None: 2."""
+    """Steps from one whole run to the next; 1 is no caching."""
 
 
 @dataclass(frozen=True, slots=True)

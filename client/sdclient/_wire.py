@@ -29,8 +29,8 @@ from ._events import (
 )
 from ._prompts import parse_prompts
 from ._types import (
-    BlockCache,
     Blending,
+    BlockCache,
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,

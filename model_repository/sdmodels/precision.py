@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,10 +23,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CAPABILITY = (8, 0)
 
 
-def parse_precision(text: str) -> Precision:
-    """Raises ValueError for what is none."""
+def chosen(text: str, device: str, default: Callable[[tuple[int, int] | None], Precision]) -> Precision:
+    """The precision that a model's parameter names; an empty one: the default of a device of that compute capability.
+
+    Raises ValueError for what is none, or is not for CPUs.
+    """
+    if not text:
+        return default(torch.cuda.get_device_capability(device) if device != "cpu" else None)
     if text not in get_args(Precision):
         raise ValueError(f"precision is {text!r}; it must be one of {', '.join(get_args(Precision))}")
+    if device == "cpu" and text != "fp32":
+        raise ValueError(f"precision is {text!r}; with torch it must be fp32 on a CPU")
     return cast("Precision", text)
 
 
@@ -47,11 +54,6 @@ def vae_precision(capability: tuple[int, int] | None) -> Precision:
     numbers leave fp16's range have their rows computed again (`InRange`).
     """
     return "fp32" if capability is None else "fp16"
-
-
-def capability(device: str) -> tuple[int, int] | None:
-    """The compute capability of a torch device; None: a CPU."""
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
 class InRange:
@@ -75,7 +77,9 @@ class InRange:
             return result
         result = result.clone()
         for row in (~finite).nonzero().flatten().tolist():
-            log.warning("%s: row %d of %d left half precision's range; float32 computes it", self._name, row, len(result))
+            log.warning(
+                "%s: row %d of %d left half precision's range; float32 computes it", self._name, row, len(result)
+            )
             if self._in_float32 is None:
                 self._in_float32 = self._make()
             result[row] = self._in_float32(*(each[row : row + 1] for each in rows))[0]
@@ -93,7 +97,7 @@ class UpcastAttention:
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

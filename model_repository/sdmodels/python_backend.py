@@ -1,10 +1,10 @@
 """The models of an engine as Triton's Python backend wants them: one class for each role.
 
 A model's `config.pbtxt` has the parameters `engine`, the engine's folder relative to the model repository (of a safety
-model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). Its instance
-group says where it runs: on GPUs, on the CPU, or on GPUs where there are any (KIND_AUTO). UNets and autoencoders may have
-`precision`, UNets `runtime`, `row_buckets` and `compile`, too: see `sdmodels.runtimes.load_unet`. Tensors come and go on
-the CPU, in float32: Triton moves them there (`FORCE_CPU_ONLY_INPUT_TENSORS`, by default).
+model `safety`, its own), and `threads`, how many CPU threads it uses (default: the machine's physical cores). Its
+instance group says where it runs: on GPUs, on the CPU, or on GPUs where there are any (KIND_AUTO). UNets and
+autoencoders may have `precision`, UNets `runtime`, `row_buckets` and `compile`, too: see `sdmodels.runtimes.load_unet`.
+Tensors come and go on the CPU, where Triton moves them (`FORCE_CPU_ONLY_INPUT_TENSORS` by default), in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
-from sdmodels.runtimes import instance_device, load_unet, prepare_torch
+from sdmodels.parameters import is_compiled, row_buckets
+from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, prepare_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,8 +146,8 @@ class UNetModel(BackendModel):
             threads,
             **options,
             device=device,
-            row_buckets=parse_row_buckets(self.parameters.get("row_buckets", "")),
-            compiled=parse_bool("compile", self.parameters.get("compile", "false")),
+            row_buckets=row_buckets(self.parameters),
+            compiled=is_compiled(self.parameters),
         )
         return lambda latents, timestep, text_states: (denoise(latents, timestep[:, 0], text_states),)
 
@@ -161,11 +162,10 @@ class UNetCacheModel(BackendModel):
     inputs = ("latents", "timestep", "text_states", "features")
     outputs = ("prediction",)
 
-    def start(self, engine_folder: Path, threads: int) -> Callable[..., Arrays]:
-        from sdmodels.runtimes import load_unet_cache
-
+    def start(self, engine_folder: Path, device: str, threads: int) -> Callable[..., Arrays]:
         options = {name: self.parameters[name] for name in ("runtime", "precision") if name in self.parameters}
-        denoise = load_unet_cache(engine_folder, threads, **options)
+        buckets = row_buckets(self.parameters)
+        denoise = load_unet_cache(engine_folder, threads, **options, device=device, row_buckets=buckets)
 
         def run(
             latents: NDArray[Any],
@@ -185,9 +185,10 @@ class VaeDecoderModel(BackendModel):
     outputs = ("image",)
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.precision import chosen, vae_precision
         from sdmodels.vae import VaeDecoder
 
-        decode = VaeDecoder(engine_folder, device, vae_precision(device, self.parameters.get("precision", "")))
+        decode = VaeDecoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
         return lambda latents: (decode(latents),)
 
 
@@ -198,9 +199,10 @@ class VaeEncoderModel(BackendModel):
     outputs = ("latents",)
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.precision import chosen, vae_precision
         from sdmodels.vae import VaeEncoder
 
-        encode = VaeEncoder(engine_folder, device, vae_precision(device, self.parameters.get("precision", "")))
+        encode = VaeEncoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
         return lambda image: (encode(image),)
 
 

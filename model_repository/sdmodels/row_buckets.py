@@ -14,17 +14,6 @@ if TYPE_CHECKING:
 ROW_BUCKETS = (1, 2, 4, 8, 16)
 
 
-def parse_row_buckets(text: str) -> tuple[int, ...]:
-    """Of `1,2,4`; empty for none. Raises ValueError for what is no list of numbers from 1 on."""
-    try:
-        buckets = tuple(int(each) for each in text.split(",")) if text else ()
-    except ValueError:
-        buckets = (0,)
-    if any(each < 1 for each in buckets):
-        raise ValueError(f"row_buckets is {text!r}; it must be numbers of rows from 1 on, as in 1,2,4,8,16")
-    return buckets
-
-
 def in_buckets(compute: Rows, buckets: Sequence[int]) -> Rows:
     """`compute`, called with one of `buckets` rows each time: the next larger one, filled up with the last row.
 

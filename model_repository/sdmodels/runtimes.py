@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Predict = Callable[[Floats, Floats, Floats], Floats]
-    PredictCached = Callable[[Floats, Floats, Floats, Floats | None], Floats]
+
+    class PredictCached(Protocol):
+        """`sdmodels.unet_cache.UNetCache`, or what is called like it."""
+
+        def __call__(
+            self, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats | None = None
+        ) -> Floats: ...
+
 
 Runtime = Literal["openvino", "torch"]
 RUNTIMES: tuple[Runtime, ...] = ("openvino", "torch")
 
 # There with NVIDIA's driver, and in a container that has been given a GPU. To ask torch would take seconds.
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
+
+TORCH_ALONE = "row_buckets and compile are torch's: leave them out, or set runtime to torch"
 
 
 def instance_device(arguments: Mapping[str, str]) -> str:
@@ -46,7 +55,7 @@ def default_runtime(device: str) -> Runtime:
 def prepare_torch(device: str, threads: int) -> None:
     """Threads of the CPU; on a GPU, the same bytes for the same rows whenever they come, and float32 that is float32.
 
-    Raises RuntimeError where torch does not see the GPU that Triton sees.
+    Raises RuntimeError where torch cannot use the GPU that there is.
     """
     import torch
 
@@ -55,9 +64,9 @@ def prepare_torch(device: str, threads: int) -> None:
         return
     if not torch.cuda.is_available():
         raise RuntimeError(
-            f"Triton sees a GPU and torch {torch.__version__} does not: its CUDA is {torch.version.cuda or 'missing'}, "
-            "which the driver may be too old for; install a torch for the driver's CUDA, or set the model's "
-            "instance_group to KIND_CPU. sdserver doctor says more"
+            f"there is a GPU that torch {torch.__version__} cannot use: its CUDA is {torch.version.cuda or 'missing'}, "
+            "which the driver may be too old for; install a torch for the driver's CUDA, or hide the GPU "
+            "(CUDA_VISIBLE_DEVICES=), or set the model's instance_group to KIND_CPU. sdserver doctor says more"
         )
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -83,24 +92,52 @@ def load_unet(
     `UNet` has them. Raises ValueError for what it does not know or cannot do.
     """
     device = device or default_device()
-    runtime = runtime or default_runtime(device)
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime is {runtime!r}; it must be one of {', '.join(RUNTIMES)}")
-    if runtime == "openvino":
-        if device != "cpu" or row_buckets or compiled:
-            raise ValueError("OpenVINO serves CPUs, without row_buckets and compile: leave these out or take torch")
+    if _chosen(runtime, device) == "openvino":
+        if row_buckets or compiled:
+            raise ValueError(TORCH_ALONE)
         from sdmodels.openvino_unet import OpenVinoUNet
 
         return OpenVinoUNet(engine_folder, threads, precision or "fp32")
-    if device == "cpu" and precision not in ("", "fp32"):
-        raise ValueError(f"precision is {precision!r}; with torch it must be fp32 on a CPU")
     prepare_torch(device, threads)
 
-    from sdmodels.precision import capability, parse_precision, unet_precision
+    from sdmodels.precision import chosen, unet_precision
     from sdmodels.unet import UNet
 
-    chosen = parse_precision(precision or unet_precision(capability(device)))
-    unet = UNet(engine_folder, device, chosen, row_buckets, compiled=compiled)
+    unet = UNet(engine_folder, device, chosen(precision, device, unet_precision), row_buckets, compiled=compiled)
     if compiled:
         unet.warm_up(engine_folder)
     return unet
+
+
+def load_unet_cache(
+    engine_folder: Path,
+    threads: int,
+    runtime: str = "",
+    precision: str = "",
+    *,
+    device: str = "",
+    row_buckets: Sequence[int] = (),
+) -> PredictCached:
+    """The network in two parts, called as `sdmodels.unet_cache.UNetCache` is; otherwise as `load_unet`."""
+    device = device or default_device()
+    if _chosen(runtime, device) == "openvino":
+        if row_buckets:
+            raise ValueError(TORCH_ALONE)
+        from sdmodels.openvino_unet import OpenVinoUNetCache
+
+        return OpenVinoUNetCache(engine_folder, threads, precision or "fp32")
+    prepare_torch(device, threads)
+
+    from sdmodels.precision import chosen, unet_precision
+    from sdmodels.unet_cache import UNetCache
+
+    return UNetCache(engine_folder, device, chosen(precision, device, unet_precision), row_buckets)
+
+
+def _chosen(runtime: str, device: str) -> str:
+    runtime = runtime or default_runtime(device)
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime is {runtime!r}; it must be one of {', '.join(RUNTIMES)}")
+    if runtime == "openvino" and device != "cpu":
+        raise ValueError("OpenVINO serves CPUs here: set the model's instance_group to KIND_CPU, or runtime to torch")
+    return runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from sdmodels.precision import Precision
@@ -56,21 +56,33 @@ class UNet:
         self.module = unet.eval().requires_grad_(False).to(device, memory_format=self._layout)
         self._compiled = compiled
         self._network = _compiled(self.module) if compiled else self.module
-        buckets = row_buckets or (ROW_BUCKETS if compiled else ())
-        self._predict = in_buckets(self.forward, buckets) if buckets else self.forward
+        self._row_buckets = row_buckets or (ROW_BUCKETS if compiled else ())
+        self._predict = in_buckets(self.forward, self._row_buckets) if self._row_buckets else self.forward
         if precision != "fp32":
             self._predict = InRange("unet", self._predict, lambda: UNet(engine_folder, device).forward)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
         """The float32 prediction of tensors on the device, as `__call__` has it of arrays."""
         if self._compiled:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         x = latents.to(self._dtype, memory_format=self._layout)
         # diffusers makes the timesteps' sinusoid in float32, for which bfloat16 had no digits.
         prediction = self._network(x, timesteps, text_states.to(self._dtype), return_dict=False)[0]
         # The next call overwrites what a CUDA graph returns.
         result: torch.Tensor = prediction.to(torch.float32, copy=self._compiled)
         return result
+
+    def warm_up(self, engine_folder: Path) -> None:
+        """Makes a prediction of the engine's native size for each bucket, so that no request waits for a compiler."""
+        engine = read_config(engine_folder / "engine.json")
+        height, width = (engine[f"native_{side}"] // engine["latents"]["downsampling"] for side in ("height", "width"))
+        text = engine["text_encoder"]
+        for rows in self._row_buckets or (1,):
+            self(
+                np.zeros((rows, self.module.config.in_channels, height, width), np.float32),
+                np.zeros(rows, np.float32),
+                np.zeros((rows, text["context_length"], text["width"]), np.float32),
+            )
 
     @torch.inference_mode()
     def __call__(
@@ -93,6 +105,7 @@ class UNet:
 
 
 def _compiled(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor]]:
+    """As CUDA graphs, which belong to the thread that makes them: Triton's Python backend has one."""
     from torch._dynamo import config
 
     # Of 8 shapes, torch's default, the ninth would run uncompiled.

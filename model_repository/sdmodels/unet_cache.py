@@ -6,19 +6,25 @@ what comes up from below: the features [B, F, h, w]. They change little from ste
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdmodels.batching import check_rows
+from sdmodels.precision import DTYPES, InRange
+from sdmodels.row_buckets import in_buckets
 from sdmodels.unet import UNet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from numpy.typing import NDArray
+
+    from sdmodels.precision import Precision, Rows
 
 
 class WithFeatures(torch.nn.Module):
@@ -69,13 +75,40 @@ class FromFeatures(torch.nn.Module):
 
 
 class UNetCache:
-    """Both parts by torch, in float32, from `engine_folder/unet`."""
+    """Both parts by torch, from `engine_folder/unet`; precision and row buckets as `sdmodels.unet.UNet` has them."""
 
-    def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
-        unet = UNet(engine_folder, device).module
-        self._whole = WithFeatures(unet)
-        self._outermost = FromFeatures(unet)
-        self._device = device
+    def __init__(
+        self,
+        engine_folder: Path,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        row_buckets: Sequence[int] = (),
+    ) -> None:
+        self._device, self._dtype = device, DTYPES[precision]
+        unet = UNet(engine_folder, device, precision).module
+        self._networks = WithFeatures(unet), FromFeatures(unet)
+        self._whole: Rows = self.whole
+        self._outermost: Rows = self.outermost
+        if row_buckets:
+            self._whole, self._outermost = (in_buckets(part, row_buckets) for part in (self.whole, self.outermost))
+        if precision != "fp32":
+            in_float32 = cache(lambda: UNetCache(engine_folder, device))
+            self._whole = InRange("unet_cache", self._whole, lambda: in_float32().whole)
+            self._outermost = InRange("unet_cache", self._outermost, lambda: in_float32().outermost)
+
+    def whole(self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+        """Float32 prediction and features, one below the other, of tensors on the device."""
+        network, _ = self._networks
+        return torch.cat(network(latents.to(self._dtype), timesteps, text_states.to(self._dtype)), dim=1).float()
+
+    def outermost(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """The float32 prediction of tensors on the device."""
+        _, network = self._networks
+        states = text_states.to(self._dtype)
+        prediction: torch.Tensor = network(latents.to(self._dtype), timesteps, states, features.to(self._dtype))
+        return prediction.float()
 
     @torch.inference_mode()
     def __call__(
@@ -93,7 +126,7 @@ class UNetCache:
         check_rows(latents, timesteps, text_states, features)
         x, t, c = (torch.from_numpy(array).to(self._device) for array in (latents, timesteps, text_states))
         if features is None:
-            made = torch.cat(self._whole(x, t, c), dim=1)
+            made = self._whole(x, t, c)
         else:
             made = self._outermost(x, t, c, torch.from_numpy(features).to(self._device))
         result: NDArray[np.float32] = made.cpu().numpy()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sdmodels.precision import Precision
+    from sdmodels.precision import Precision, Rows
 
 
 class VaeEncoder:
@@ -29,7 +29,7 @@ class VaeEncoder:
     def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
         self._vae = _read_vae(engine_folder / "vae", ("decoder", "post_quant_conv"), device, precision)
         self._device, self._dtype = device, DTYPES[precision]
-        self._encode_image = self.latents
+        self._encode_image: Rows = self.latents
         if precision != "fp32":
             self._encode_image = InRange("vae_encoder", self.latents, lambda: VaeEncoder(engine_folder, device).latents)
         self._scaling_factor: float = self._vae.config.scaling_factor
@@ -73,7 +73,7 @@ class VaeDecoder:
     def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
         self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device, precision)
         self._device, self._dtype = device, DTYPES[precision]
-        self._decode_latents = self.image
+        self._decode_latents: Rows = self.image
         if precision != "fp32":
             self._decode_latents = InRange("vae_decoder", self.image, lambda: VaeDecoder(engine_folder, device).image)
         self._scaling_factor: float = self._vae.config.scaling_factor
@@ -85,6 +85,11 @@ class VaeDecoder:
         scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
         image: torch.Tensor = self._vae.decode(scaled.to(self._dtype), return_dict=False)[0].float()
         return image
+
+    @property
+    def module(self) -> AutoencoderKL:
+        """Of diffusers, without the encoder."""
+        return self._vae
 
     @torch.inference_mode()
     def __call__(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -101,9 +106,13 @@ class VaeDecoder:
         image = self._decode_latents(torch.from_numpy(latents[None]).to(self._device))[0]
         if not image.isfinite().all():
             raise InvalidInput("the latents are out of the decoder's range: they decode to NaN or infinity")
-        # [-1, 1] to 0..255, halves to even, as diffusers' image processor does.
-        pixels: NDArray[np.uint8] = (image / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-        return pixels
+        decoded: NDArray[np.uint8] = self.pixels(image).cpu().numpy()
+        return decoded
+
+    @staticmethod
+    def pixels(image: torch.Tensor) -> torch.Tensor:
+        """[..., H, W, 3] bytes of images [..., 3, H, W]: -1 to 1 becomes 0 to 255, halves to even, as in diffusers."""
+        return (image / 2 + 0.5).clamp(0, 1).mul(255).round().byte().movedim(-3, -1)
 
 
 def _read_vae(folder: Path, without: tuple[str, ...], device: str, precision: Precision) -> AutoencoderKL:

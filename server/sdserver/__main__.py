@@ -1,4 +1,4 @@
-"""`sdserver up | serve | triton | calibrate | engine`: Triton for this machine, the gRPC server, or both; engines."""
+"""`sdserver up | serve | triton | calibrate | doctor | plan | engine | top`: the service here, and what it needs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ usage: sdserver COMMAND [--help] [flags]
   serve      start the gRPC server; Triton runs already, at --triton-url
   triton     start a Triton Inference Server on this machine
   calibrate  measure what UNet calls cost here, so that batches are as large as pays; Triton runs already
+  doctor     say what of this machine, its Triton and its engines works, and what to do where it fails
   engine     add, list, remove or verify engines: sdserver engine --help
+  plan       say how many GPUs so many images need, from what calibrate measured
   top        show what servers do right now, from their metrics
 
 Every flag is an environment variable, too: --max-active is SDSERVER_MAX_ACTIVE."""
@@ -66,8 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(triton, TritonSettings, flags)
         case "calibrate":
             return _run(calibrate, CalibrateSettings, flags)
+        case "doctor":
+            from sdserver import doctor_command
+
+            return doctor_command.main(flags)
         case "engine":
             return engine_command.main(flags)
+        case "plan":
+            from sdserver import plan_command
+
+            return plan_command.main(flags)
         case "top":
             from sdserver import top_command
 
@@ -85,7 +95,7 @@ async def serve(settings: ServeSettings) -> None:
 async def triton(settings: TritonSettings) -> None:
     """Runs Triton until it is cancelled. Raises TritonProcessError if it ends by itself."""
     async with _triton(settings) as process:
-        await process.wait()
+        await process.follow_log(lambda line: log.info("Triton says", line=line))
         raise TritonProcessError(f"Triton ended by itself; the end of its log:\n{process.log_tail()}")
 
 

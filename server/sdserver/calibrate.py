@@ -77,7 +77,7 @@ async def measure(engine: Engine, backend: Backend, seconds: float) -> list[Meas
         bar = progress.add_task(engine.id, total=(ROUNDS + 1) * len(plan))
         for number in range(ROUNDS + 1):
             for rows, shape in plan:
-                call = await _seconds(engine, backend, rows, shape)
+                call = await seconds_of_call(engine, backend, rows, shape)
                 # The first call of a shape makes kernels and memory for it.
                 if number > 0:
                     took[rows, shape].append(call)
@@ -89,7 +89,8 @@ async def measure(engine: Engine, backend: Backend, seconds: float) -> list[Meas
     ]
 
 
-async def _seconds(engine: Engine, backend: Backend, rows: int, shape: tuple[int, int]) -> float:
+async def seconds_of_call(engine: Engine, backend: Backend, rows: int, shape: tuple[int, int]) -> float:
+    """How long one UNet call of so many rows of latents [height, width] takes. Raises RequestError."""
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((rows, engine.latents.channels, *shape), np.float32)
     states = generator.standard_normal(

@@ -19,6 +19,7 @@ from sdserver.engine_families import KNOWN
 from sdserver.engine_store import EngineStore, engine_id_of
 from sdserver.engines import Engine, EngineError
 from sdserver.settings import Settings
+from sdserver.triton_models import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +82,10 @@ def _add(store: EngineStore, options: argparse.Namespace) -> int:
                 say(f"{event['action']} {event['file']} {event['sha256'][:12]}")
 
         facts = convert({"source": source, "into": str(store.folder(engine_id)), **conversion}, on_event)
-    report = store.complete(engine_id, title, options.license or "", facts)
+    placement = Placement(
+        options.device, options.precision, options.runtime, options.row_buckets or "", options.compile, options.threads
+    )
+    report = store.complete(engine_id, title, options.license or "", facts, placement, block_cache=options.block_cache)
     written += report.written
     engine = report.engine
     if options.json:
@@ -191,6 +195,16 @@ def _bar() -> Iterator[tuple[Callable[[str, float, float], None], Callable[[str]
         )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _row_buckets(text: str) -> str:
+    return ",".join(str(_count(each)) for each in text.split(","))
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
@@ -213,11 +227,31 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="what the weights are stored as")
     add.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="where the source does not say it")
     add.add_argument("--clip", metavar="FOLDER", help="open_clip's files of the whole CLIP, for CLIP guidance")
+    add.add_argument("--block-cache", action="store_true", help="take block caching: the UNet is loaded a second time")
     add.add_argument("--license", help="its name or SPDX id; default: the model card's or the family's")
     add.add_argument("--sha256", help="refuse a file of another digest")
     add.add_argument("--file", help="the one file to take of a repository")
     add.add_argument("--revision", help="branch, tag or commit of a repository")
     add.add_argument("--mirror", metavar="REPO", help=f"who hands out a pinned checkpoint; {MIRROR}")
+    models = add.add_argument_group("where its models run", "what is left out is chosen when they start")
+    models.add_argument(
+        "--device",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="auto: every GPU, or the CPU where there is none",
+    )
+    models.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="",
+        help="what the UNet computes in, whatever is stored",
+    )
+    models.add_argument("--runtime", choices=("openvino", "torch"), default="", help="what runs the UNet on a CPU")
+    models.add_argument("--threads", type=_count, metavar="N", help="CPU threads of each model")
+    models.add_argument(
+        "--row-buckets", type=_row_buckets, metavar="1,2,4", help="with torch: the UNet sees so many rows"
+    )
+    models.add_argument("--compile", action="store_true", help="on a GPU: the UNet by torch.compile, as CUDA graphs")
     add.set_defaults(run=_add)
 
     listing = commands.add_parser("list", parents=[common], help="show the engines")

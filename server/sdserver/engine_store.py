@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from sdserver.triton_models import Placement
+
 MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
@@ -58,19 +60,33 @@ class EngineStore:
         journals = self._folder.glob(f"*/{WORKING_FILES[0]}")
         return sorted(path.parent.name for path in journals if not (path.parent / DESCRIPTOR).exists())
 
-    def complete(self, engine_id: str, title: str, license_name: str, facts: Mapping[str, Any]) -> Report:
+    def complete(
+        self,
+        engine_id: str,
+        title: str,
+        license_name: str,
+        facts: Mapping[str, Any],
+        placement: Placement | None = None,
+        *,
+        block_cache: bool = False,
+    ) -> Report:
         """Makes an engine of the files that `sdmodels.conversion` has written below its folder.
 
-        Its Triton models come first and its descriptor last: only then there is an engine. Raises EngineError.
+        With `block_cache`, or if it has been there with it, it takes block caching, for which its UNet is loaded a
+        second time. Its Triton models come first and its descriptor last: only then there is an engine. Raises
+        EngineError.
         """
         descriptor = _descriptor(engine_id, title, license_name, facts)
         before = self.find(engine_id)
         if before and before.preview_map:
             # Fitted by hand, and still right for the same weights.
             descriptor["preview_map"] = before.model_dump(mode="json")["preview_map"]
+        if block_cache or (before and before.block_cache):
+            descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
+            descriptor["optional_roles"].append("unet_cache")
         engine = Engine.model_validate(descriptor)
         tower = facts["image_tower"]
-        texts = model_files(engine, tower["features"] if tower else None)
+        texts = model_files(engine, tower["features"] if tower else None, placement)
         texts[f"engines/{engine_id}/{DESCRIPTOR}"] = json.dumps(descriptor, indent=2) + "\n"
         written = [name for name, text in texts.items() if self._write(name, text)]
         for name in WORKING_FILES:

@@ -87,7 +87,8 @@ class FairQueue(Generic[A]):
         self._tenants: dict[str, _Tenant[A]] = {}
         self._served = 0.0
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
         """Rows that wait."""
         return sum(
             ask.waiting for tenant in self._tenants.values() for flow in tenant.flows.values() for ask in flow.asks

@@ -11,7 +11,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 
-from sdserver.observation import CURRENT_WORK, Observer, StepObserver, Work
+from sdserver.observation import CURRENT_WORK, UNET_MODELS, Observer, StepObserver, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

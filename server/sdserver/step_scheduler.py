@@ -101,7 +101,7 @@ class StepScheduler:
     @property
     def waiting_rows(self) -> int:
         """Rows that no call has taken yet."""
-        return len(self._queue)
+        return self._queue.rows
 
     async def predict(self, rows: Sequence[tuple[Any, ...]], tenant: str = ANONYMOUS) -> Rows:
         """[R, ...] predictions of rows of the same shapes.

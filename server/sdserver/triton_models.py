@@ -7,7 +7,7 @@ in and out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,10 +20,40 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached} stand
-    for an engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached}
+    stand for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
     optional_inputs: tuple[tuple[str, str, str], ...] = ()
+
+
+Device = Literal["auto", "cpu", "gpu"]
+_PREDICTING = ("unet", "unet_cache")
+# Triton makes a group of KIND_AUTO one instance on each GPU, or one on the CPU where it sees none.
+_KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an engine's models run, and how; an empty text, and None, leave it to the machine that they start on.
+
+    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`.
+    """
+
+    device: Device = "auto"
+    precision: str = ""
+    runtime: str = ""
+    row_buckets: str = ""
+    compile: bool = False
+    threads: int | None = None
+
+    def parameters(self, role: str) -> dict[str, str]:
+        """Those of one model's `config.pbtxt`."""
+        said: dict[str, str] = {} if self.threads is None else {"threads": str(self.threads)}
+        if role in _PREDICTING:
+            said |= {"precision": self.precision, "runtime": self.runtime, "row_buckets": self.row_buckets}
+        if role == "unet" and self.compile:
+            said["compile"] = "true"
+        return {name: value for name, value in said.items() if value}
 
 
 _LATENTS = "{channels}, -1, -1"
@@ -84,7 +114,7 @@ _ROLES = {
 }
 
 
-def model_files(engine: Engine, features: int | None) -> dict[str, str]:
+def model_files(engine: Engine, features: int | None, placement: Placement | None = None) -> dict[str, str]:
     """The files of all models of an engine, by their path in the model repository.
 
     `features` is the width of the space that CLIP's two towers share; None: the engine has no image tower.
@@ -93,13 +123,13 @@ def model_files(engine: Engine, features: int | None) -> dict[str, str]:
         f"{engine.model(role)}/{name}": text
         for role in engine.roles
         for name, text in (
-            ("config.pbtxt", _configuration(engine, role, features)),
+            ("config.pbtxt", _configuration(engine, role, features, placement or Placement())),
             ("1/model.py", _model(_ROLES[role])),
         )
     }
 
 
-def _configuration(engine: Engine, role: str, features: int | None) -> str:
+def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
     numbers = {
         "channels": engine.latents.channels,
         "states": engine.text_encoder.width,
@@ -115,8 +145,11 @@ def _configuration(engine: Engine, role: str, features: int | None) -> str:
         f"max_batch_size: {batch}",
         *_tensors("input", described.inputs, numbers, described.optional_inputs),
         *_tensors("output", outputs, numbers),
-        "instance_group [ { kind: KIND_CPU } ]",
-        f'parameters {{ key: "engine" value: {{ string_value: "engines/{engine.id}" }} }}',
+        f"instance_group [ {{ kind: {_KINDS[placement.device]} }} ]",
+        *(
+            f'parameters {{ key: "{name}" value: {{ string_value: "{value}" }} }}'
+            for name, value in {"engine": f"engines/{engine.id}", **placement.parameters(role)}.items()
+        ),
     ]
     if role == "unet":
         lines += [

@@ -149,6 +149,22 @@ class TritonProcess:
         """Waits until Triton ends, by itself or stopped; its exit status, negative for a signal."""
         return await self._entered().wait()
 
+    async def follow_log(self, say: Callable[[str], object]) -> None:
+        """Says each line that Triton logs from now on, until it ends."""
+        process, path = self._entered(), self._log_path
+        assert path is not None
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            unfinished = b""
+            while True:
+                ended = process.returncode is not None
+                *lines, unfinished = (unfinished + file.read()).split(b"\n")
+                for line in lines:
+                    say(line.decode(errors="replace"))
+                if ended:
+                    return
+                await asyncio.sleep(POLL_SECONDS)
+
     def log_tail(self) -> str:
         """The last lines of Triton's log, without its tables; also when Triton has been stopped."""
         lines = self._log().splitlines()

@@ -163,6 +163,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "native_size": checkpoint.native_size,
         "size_multiple": checkpoint.size_multiple,
+        "unet_channels": checkpoint.unet.config["block_out_channels"],
         "license": checkpoint.license,
         "ignored": list(checkpoint.ignored),
     }

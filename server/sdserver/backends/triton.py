@@ -157,6 +157,13 @@ class TritonBackend:
                 raise Unavailable("Triton cannot be reached; retry later", "TRITON_UNAVAILABLE") from error
             log.error("model could not be loaded or unloaded", model=model, error=str(error))
 
+    async def is_live(self) -> bool:
+        """Whether a Triton answers at all."""
+        try:
+            return bool(await self._client.is_server_live(client_timeout=READY_SECONDS))
+        except InferenceServerException:
+            return False
+
     async def is_ready(self, engine: Engine) -> bool:
         models = engine.models + self._safety_models
         try:

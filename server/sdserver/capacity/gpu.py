@@ -27,7 +27,7 @@ class Call:
 
 
 class Gpu:
-    """A Triton: one call at a time, in order. Calls of a model and shape that wait run together, as far as they fit."""
+    """A Triton: one call at a time, in order. UNet calls of a shape that wait run together, as far as they fit."""
 
     def __init__(self, clock: Clock, most_rows: int, outcome: Outcome) -> None:
         self._clock = clock
@@ -44,7 +44,9 @@ class Gpu:
     def _next(self) -> None:
         first = self._waiting.popleft()
         together, rows = [first], first.rows
-        for other in [call for call in self._waiting if call.model == first.model]:
+        # Triton batches calls of the UNet alone.
+        others = [call for call in self._waiting if call.model == "unet"] if first.model == "unet" else []
+        for other in others:
             if other.shape != first.shape or rows + other.rows > self._most_rows:
                 break
             together.append(other)

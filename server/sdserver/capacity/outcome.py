@@ -33,6 +33,8 @@ class Costs:
     stages: StageCosts
     server_step: float = 0.0
     """Of a server's event loop, for each step of an image."""
+    batched_by: CostModel | None = None
+    """What the servers take the UNet's costs for when they bound batches; None: what they are."""
 
 
 @dataclass(slots=True)
@@ -88,6 +90,10 @@ class Outcome:
     def quantile(self, share: float) -> float:
         """The latency that so many requests stay below."""
         return quantile(self.latencies, share)
+
+    def wait_quantile(self, share: float) -> float:
+        """The wait for a place that so many requests stay below."""
+        return quantile(self.waits, share)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What a plan may refuse.
 REFUSED_SHARE = 0.001
 # GPUs are counted to this share of them: the next digits are the weather of a simulation.
-PRECISION = 0.01
+PRECISION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ class Planner:
     Pools know nothing of each other, and each gets its share of the requests by chance: one of them stands for all.
     """
 
-    def __init__(self, demand: Demand, pool: Pool, costs: Costs, requests: int = 1500, seed: int = 0) -> None:
+    def __init__(self, demand: Demand, pool: Pool, costs: Costs, requests: int = 1000, seed: int = 0) -> None:
         self.demand = demand
         self._pool = pool
         self._costs = costs
         self._requests = requests
         self._seed = seed
         self._known: dict[int, Outcome] = {}
+        self._least: int | None = None
 
     def outcome(self, gpus: int) -> Outcome:
         """What one of the pools sees when there are so many GPUs in all."""
@@ -59,15 +60,22 @@ class Planner:
 
     def least_gpus(self) -> int:
         """As many as make all the images if nobody minds waiting."""
-        rate = saturated_rate(self.demand.mix, self._pool, self._costs, self._seed)
-        return max(1, math.ceil(self.demand.images_per_second / rate * self._pool.gpus))
+        if self._least is None:
+            rate = saturated_rate(self.demand.mix, self._pool, self._costs, self._seed)
+            self._least = self.whole(self.demand.images_per_second / rate * self._pool.gpus)
+        return self._least
+
+    def whole(self, gpus: float) -> int:
+        """So many, and as many more as fill their pools; at least one pool."""
+        return max(1, math.ceil(gpus / self._pool.gpus)) * self._pool.gpus
 
     def gpus(self) -> int:
         """The fewest that meet the demand, to within PRECISION. Raises Unreachable."""
         alone = lone_p95(self.demand.mix, self._pool, self._costs, self._seed)
         if alone > self.demand.p95:
             raise Unreachable(alone)
-        return fewest(self._meets, self.least_gpus())
+        each = self._pool.gpus
+        return each * fewest(lambda pools: self._meets(each * pools), self.least_gpus() // each)
 
     def _meets(self, gpus: int) -> bool:
         outcome = self.outcome(gpus)
@@ -86,7 +94,7 @@ def fewest(enough: Callable[[int], bool], least: int) -> int:
     """The fewest, from `least` on and to within PRECISION, that are enough, if more than enough are enough, too."""
     low, high = least - 1, least
     while not enough(high):
-        low, high = high, max(high + 1, math.ceil(high * 1.2))
+        low, high = high, max(high + 1, math.ceil(high * 1.5))
     while high - low > max(1, int(PRECISION * high)):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -131,7 +131,7 @@ class Server:
         self._unet = Scheduler(
             "unet",
             self,
-            partial(unet_rows, engine, unet),
+            partial(unet_rows, engine, costs.batched_by or unet),
             lambda places, rows: unet.seconds(rows, places),
             costs.server_step,
             self._called,
