@@ -37,6 +37,7 @@ bench: .venv/.ready ## Measure speed and memory, against diffusers, request-leve
 	$(BIN)/python -m benchmarks.server_alone
 	$(BIN)/python -m benchmarks.scheduling
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.capacity
 
 bench-full: .venv/.ready ## Measure a step of SD 2.1's own UNet, with random weights; 12 GB of memory.
 	$(BIN)/python -m benchmarks.full_size

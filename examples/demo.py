@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def running_server(backend: str, log: Path) -> Iterator[tuple[str, subprocess.Po
         port = probe.getsockname()[1]
     ports = [f"--{name}=0" for name in ("triton-grpc-port", "triton-http-port", "triton-metrics-port")]
     command = [sys.executable, "-m", "sdserver", "up", f"--port={port}", f"--backend={backend}", *ports]
-    with log.open("wb") as output, subprocess.Popen(command, stderr=output, stdout=output) as process:
+    # On the CPU on every machine: so that it needs no driver that fits, and makes the pictures of the README.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with log.open("wb") as output, subprocess.Popen(command, stderr=output, stdout=output, env=environment) as process:
         try:
             yield f"127.0.0.1:{port}", process
         finally:

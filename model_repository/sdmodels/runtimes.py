@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -43,8 +44,9 @@ def instance_device(arguments: Mapping[str, str]) -> str:
 
 
 def default_device() -> str:
-    """For those whom no Triton tells: the first GPU, or the CPU where there is none."""
-    return "cuda:0" if NVIDIA_DEVICE.exists() else "cpu"
+    """For those whom no Triton tells: the first GPU, or the CPU where there is none, or none is to be seen."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "cuda:0" if NVIDIA_DEVICE.exists() and not hidden else "cpu"
 
 
 def default_runtime(device: str) -> Runtime:
