@@ -25,7 +25,7 @@ from sdserver.capacity.outcome import Costs, Pool, quantile
 from sdserver.capacity.planning import saturated_rate
 from sdserver.capacity.simulation import simulate
 from sdserver.capacity.workload import poisson, work_of
-from sdserver.cost_model import CostModel
+from sdserver.cost_model import CostModel, StageCosts
 from sdserver.engines import load_catalog
 from sdserver.observation import Observer, StepObserver
 from sdserver.plan_command import SERVER_STEP_MS
@@ -69,9 +69,9 @@ class Calls(Observer):
         if row <= 0 or call < 0:
             row, call = seconds.sum() / rows.sum(), 0.0
         decode_rows, decode_seconds = np.array(self.seen["vae_decoder"]).T
-        decode_place = float(decode_seconds.sum() / decode_rows.sum()) / places
-        # These UNet calls took longer while images were decoded: what they took from each other is in both already.
-        stages = replace(planned.stages, decode_place=0.0, write_place=planned.stages.write_place + decode_place)
+        beside = float(decode_seconds.sum() / decode_rows.sum()) + planned.stages.encode
+        # These UNet calls took longer while others decoded or encoded: what that costs the GPU is in them already.
+        stages = StageCosts(0.0, 0.0, planned.stages.write_place + beside / places)
         unet = CostModel(float(call), float(row) / places, 0.0)
         return replace(planned, unet=unet, stages=stages, batched_by=planned.unet)
 
