@@ -3,12 +3,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 # Before anything imports torch: its threads would otherwise spin at each barrier and starve Triton of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The same bytes on every machine: what the tests compare was made on CPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# OpenVINO tells its makers where it is imported: not from here.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 # A shell that starts the tests in the background makes them, and what they start, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
