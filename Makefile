@@ -8,7 +8,7 @@ demo: .venv/.ready ## Start a real Triton and the server, write images from prom
 	$(BIN)/python examples/demo.py
 
 test: .venv/.ready ## Run the tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 check: .venv/.ready ## Lint, types, contract.
 	$(BIN)/ruff check .

@@ -1,7 +1,4 @@
-"""The Helm chart, rendered in process; `python tests/charts.py` writes what is derived from it (`make chart`).
-
-The one place that knows `helm_python`, which has Helm's own engine inside.
-"""
+"""The Helm chart, rendered; `python tests/charts.py` writes what is derived from it (`make chart`)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import helm_python
+import helm_engine
 import yaml
 from sdserver.settings import ServeSettings
 
@@ -29,15 +26,6 @@ RELEASE, NAMESPACE = "sd", "images"
 TABLE_START, TABLE_END = "<!-- values: written by `make chart` -->\n", "<!-- end of values -->\n"
 
 Object = dict[str, Any]
-
-
-class ChartRefused(Exception):
-    """The values are refused, by the schema or by one of the chart's own checks; has their sentences."""
-
-
-@cache
-def _chart() -> helm_python.Chart:
-    return helm_python.Chart.load(CHART)
 
 
 @cache
@@ -59,14 +47,9 @@ def defaults() -> Object:
 
 def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE, upgrade: bool = False) -> dict[str, str]:
     """Rendered templates by file, without the empty ones. Raises ChartRefused."""
-    try:
-        files: dict[str, str] = _chart().render(
-            values, name=name, namespace=namespace, is_install=not upgrade, is_upgrade=upgrade
-        )
-    except (helm_python.HelmValuesError, helm_python.HelmRenderError) as error:
-        if isinstance(error, helm_python.HelmRenderError) and "sd-service: " not in str(error):
-            raise
-        raise ChartRefused(str(error)) from error
+    files = helm_engine.render(
+        CHART, values, name=name, namespace=namespace, is_install=not upgrade, is_upgrade=upgrade
+    )
     return {Path(file).name: text.strip() for file, text in sorted(files.items()) if text.strip()}
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from sdserver.engines import Catalog
     from sdserver.settings import ServeSettings
 
+# Some of these tests start two Tritons, each with a process for every model, beside other tests.
+pytestmark = pytest.mark.timeout(900)
+START_SECONDS = 250
+
 FREE_PORTS = ["--port=0", "--triton-grpc-port=0", "--triton-http-port=0", "--triton-metrics-port=0"]
 
 
@@ -35,7 +39,7 @@ class Command:
     async def logged(self, event: str) -> dict[str, object]:
         """Waits for a log line with this event."""
         assert self.process.stderr is not None
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(START_SECONDS):
             while line := await self.process.stderr.readline():
                 self.lines.append(line.decode())
                 if line.startswith(b"{") and json.loads(line)["event"] == event:
@@ -107,7 +111,7 @@ async def test_serve_generates_without_torch_in_its_memory(triton_settings: Serv
 
 
 async def until_ready(client: AsyncClient) -> None:
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(START_SECONDS):
         while not (await client.engines())[0].ready:
             await asyncio.sleep(0.1)
 
@@ -137,7 +141,7 @@ async def test_triton_alone_serves_the_models_and_stops_in_order() -> None:
         ready = ""
         while "Triton is ready" not in ready:
             assert command.process.stderr is not None
-            line = await asyncio.wait_for(command.process.stderr.readline(), 100)
+            line = await asyncio.wait_for(command.process.stderr.readline(), START_SECONDS)
             assert line, "".join(command.lines)
             ready = json.loads(line)["event"]
         url = f"127.0.0.1:{ready.split()[-1]}"

@@ -11,7 +11,8 @@ import charts
 import kubernetes_validate
 import pytest
 from chart_invariants import LAWS, resources_are_consistent
-from charts import ChartRefused, Object
+from charts import Object
+from helm_engine import ChartRefused
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from test_helm_objects import VERSIONS, validate
