@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 # File name, prompt, width, height. The last two differ by the negative prompt alone.
 PICTURES = [
-    ("valley", "a valley in the Alps at sunset, epic vista", 384, 128),
-    ("landscape", "a landscape on a sunny day", 256, 128),
-    ("landscape-without-trees", "a landscape on a sunny day | trees, leaves, greenery : -1", 256, 128),
+    ("village", "a blue house and pine trees below snowy mountains, day", 384, 128),
+    ("house", "trees and a yellow house, sunny day", 256, 128),
+    ("house-without-trees", "trees and a yellow house, sunny day | trees, forest, greenery : -1", 256, 128),
 ]
-SEED = 0
+SEED = 1
 START_SECONDS = 180.0
 
 

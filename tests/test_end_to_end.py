@@ -141,7 +141,7 @@ async def test_emphasis_on_a_word_moves_its_share(client: AsyncClient) -> None:
 
 
 async def test_the_last_words_of_a_long_prompt_act(client: AsyncClient) -> None:
-    beginning = "a picture, " * 40
+    beginning = "a wide landscape, " * 40
     greens, blues = await shares(client, [beginning + "a green forest, day", beginning + "the open sea, day"])
     assert greens[0] > 0.2 > 0.1 > greens[1]
     assert blues[1] > 0.5 > 0.2 > blues[0]

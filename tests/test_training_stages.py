@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,17 @@ def test_the_exported_engine_loads_with_the_fields_own_classes(toy: Path, tmp_pa
     assert scaling_factor == pytest.approx(statistics["scaling_factor"])
     config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
     CLIP(**config["model_cfg"]).load_state_dict(load_file(tmp_path / "clip" / "open_clip_model.safetensors"))
-    scheduler = DDIMScheduler.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert torch.allclose(scheduler.alphas_cumprod, unet.alphas_cumprod(), rtol=1e-4)
+
+
+def test_a_descriptor_gets_the_digests_of_the_exported_files(toy: Path, tmp_path: Path) -> None:
+    name = "unet/diffusion_pytorch_model.safetensors"
+    (tmp_path / "engine.json").write_text(json.dumps({"id": "toy", "weights": {name: "old"}}))
+    export.main(["--out", str(tmp_path)])
+    descriptor = json.loads((tmp_path / "engine.json").read_text())
+    digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert descriptor == {"id": "toy", "weights": {name: digest}}
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_company(toy: Path) -> None:

@@ -21,9 +21,9 @@ class Budgets:
 
     vae: float = 18
     clip: float = 22
-    unet: float = 300
-    decoder: float = 30
-    classifier: float = 8
+    unet: float = 195
+    decoder: float = 8
+    classifier: float = 7
 
 
 def _start(stage: str, *arguments: str) -> subprocess.Popen[bytes]:

@@ -3,12 +3,15 @@
 clip/open_clip_config.json  clip/open_clip_model.safetensors  clip/bpe_tiny.txt.gz
 vae/config.json             vae/diffusion_pytorch_model.safetensors
 unet/config.json            unet/diffusion_pytorch_model.safetensors
-scheduler_config.json
+scheduler/scheduler_config.json
+
+Where the folder has a descriptor, `engine.json`, the digests in it are made those of the new files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +22,7 @@ from safetensors.torch import save_file
 from training import clip, sample, tokenizer, unet
 from training.common import train_dir
 
+PARTS = ("clip", "vae", "unet", "scheduler")
 FILE_LIMIT, TOTAL_LIMIT = 32 * 2**20, 64 * 2**20
 
 SCHEDULER = {
@@ -40,7 +44,7 @@ def export(models: sample.Models, folder: Path) -> int:
 
     Raises ValueError when a file is over 32 MiB or all are over 64 MiB: the engine must stay small enough to ship.
     """
-    for part in ("clip", "vae", "unet"):
+    for part in PARTS:
         (folder / part).mkdir(parents=True, exist_ok=True)
     # .half() converts in place: a copy keeps the caller's weights exact
     for name, model in (("vae", models.vae), ("unet", models.unet)):
@@ -56,12 +60,27 @@ def export(models: sample.Models, folder: Path) -> int:
     text = json.dumps({"model_cfg": clip.config(models.tokens.vocab_size), "preprocess_cfg": preprocess}, indent=1)
     (folder / "clip" / "open_clip_config.json").write_text(text)
     shutil.copyfile(train_dir() / tokenizer.FILE_NAME, folder / "clip" / tokenizer.FILE_NAME)
-    (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
+    # not what others keep there, such as a conversion
+    written = [path for part in PARTS for path in (folder / part).iterdir()]
+    for path in written:
+        # safetensors writes for its owner alone; servers run as another user
+        path.chmod(0o644)
+    sizes = {path: path.stat().st_size for path in written}
     large = [f"{path.name}: {size} bytes" for path, size in sizes.items() if size > FILE_LIMIT]
     if large or sum(sizes.values()) > TOTAL_LIMIT:
         raise ValueError(f"the engine is too large to ship ({large or sum(sizes.values())}): make the models smaller")
     return sum(sizes.values())
+
+
+def renew_digests(folder: Path) -> None:
+    """Make the SHA-256 digests in the folder's descriptor those of the files that it names."""
+    path = folder / "engine.json"
+    descriptor = json.loads(path.read_text())
+    descriptor["weights"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in descriptor["weights"]
+    }
+    path.write_text(json.dumps(descriptor, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or train_dir() / "engine"
     torch.set_num_threads(1)
     size = export(sample.load(), out)
+    if (out / "engine.json").exists():
+        renew_digests(out)
     print(f"{out}: {size / 2**20:.1f} MiB")
 
 

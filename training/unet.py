@@ -172,7 +172,7 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.unet", description=__doc__)
-    parser.add_argument("--core-minutes", type=float, default=300.0, help="CPU time of the whole stage (default: 300)")
+    parser.add_argument("--core-minutes", type=float, default=195.0, help="CPU time of the whole stage (default: 195)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
