@@ -131,6 +131,7 @@ def test_all_switches_are_values() -> None:
     assert set(LEAVES) >= SWITCHES
 
 
+@pytest.mark.timeout(1500)
 @settings(max_examples=500 if "CHECK_HELM" in os.environ else 25, suppress_health_check=list(HealthCheck))
 @given(values())
 def test_a_release_is_refused_in_a_sentence_or_holds_all_laws(chosen: Object) -> None:
