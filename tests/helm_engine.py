@@ -1,6 +1,6 @@
 """Helm's own engine, in a process of its own; the one place that knows `helm_python`.
 
-The engine is written in Go, whose runtime has ended, without a word, processes that had run gRPC and torch before.
+The engine is written in Go. Test processes that had run gRPC and torch before have died in it, without a word.
 """
 
 from __future__ import annotations
