@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
@@ -338,6 +339,7 @@ async def test_a_collector_that_is_not_there_keeps_no_server_from_serving_and_fr
             assert await client.generate("a lake", steps=2)
         start = time.monotonic()
     assert time.monotonic() - start < 2 * CLOSE_SECONDS
+    assert not [thread.name for thread in threading.enumerate() if "OtelBatchSpan" in thread.name]
 
 
 def test_a_client_without_opentelemetry_does_not_import_it() -> None:

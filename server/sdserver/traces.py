@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from opentelemetry.sdk.trace import SpanProcessor
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
     from sdserver.observation import Call, Stage, StepModel
@@ -45,7 +47,10 @@ class Traces(Observer):
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         # Whether a shared call is kept is up to the requests in it, and not to chance once more.
         shared = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
-        processor = processor or _exporter()
+        self._exporter: SpanExporter | None = None
+        if processor is None:
+            self._exporter = OTLPSpanExporter()
+            processor = BatchSpanProcessor(self._exporter)
         for provider in (self._provider, shared):
             provider.add_span_processor(processor)
         self._tracer, self._shared_tracer = (each.get_tracer("sdserver") for each in (self._provider, shared))
@@ -56,6 +61,10 @@ class Traces(Observer):
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
+        if closing.is_alive() and self._exporter:
+            # Ends its retries, and with them the threads.
+            self._exporter.shutdown()
+            closing.join()
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
@@ -146,9 +155,3 @@ def _finish(span: Span, call: Call) -> None:
             span.set_attribute(name, value)
     if call.outcome in FAULTS:
         span.set_status(StatusCode.ERROR, call.reason)
-
-
-def _exporter() -> SpanProcessor:
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
-    return BatchSpanProcessor(OTLPSpanExporter())
