@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +20,7 @@ import numpy as np
 from sdmodels.batching import run_together
 from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
+from sdmodels.light_imports import leave_out_unused
 from sdmodels.parameters import is_compiled, row_buckets
 from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, prepare_torch
 
@@ -60,10 +60,9 @@ class BackendModel:
         # Several models share the cores. OpenMP's workers spin at the end of every operator, which makes a step up to
         # 50 times slower when anything else wants their core; asleep they cost it microseconds. Read when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # diffusers and open_clip import it where they find it. No model here needs it, and it takes a second to import.
-        sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
         config = json.loads(args["model_config"])
         self.parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        leave_out_unused(compiled=is_compiled(self.parameters))
         threads = int(self.parameters["threads"]) if "threads" in self.parameters else physical_cores()
         # Triton hands over the model's own folder, which lies in the repository.
         engine_folder = Path(args["model_repository"]).parent / self.parameters[self.folder]

@@ -8,12 +8,13 @@ import os
 import sys
 from typing import Any
 
+from sdmodels.light_imports import leave_out_unused
+
 
 def main(arguments: list[str]) -> int:
     """The last line is `done` with the facts, or `error` with a message and problems; returns the exit status."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # diffusers and open_clip import it where they find it. Nothing here needs it, and it takes a second to import.
-    sys.modules.setdefault("transformers", None)  # type: ignore[arg-type]
+    leave_out_unused(compiled=False)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from sdmodels.conversion.convert import convert, options_of
     from sdmodels.conversion.errors import ConversionError
