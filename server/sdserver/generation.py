@@ -169,7 +169,7 @@ class Generation:
     def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
         cache = self.schedulers.block_cache(self.request)
-        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet, clip, cache)
+        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet_of(self.request), clip, cache)
         self.denoisers.append(denoiser)
 
         async def denoise(query: Query) -> Array:

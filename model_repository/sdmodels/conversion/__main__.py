@@ -1,4 +1,7 @@
-"""`python -m sdmodels.conversion '<options as JSON>'`: events, one JSON object a line, on standard output."""
+"""`python -m sdmodels.conversion '<options as JSON>'`: events, one JSON object a line, on standard output.
+
+Options are those of a checkpoint (`convert.Options`), or with `lora` those of a LoRA (`lora.LoraOptions`).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from sdmodels.conversion.convert import convert, options_of
     from sdmodels.conversion.errors import ConversionError
+    from sdmodels.conversion.lora import LoraOptions, add_lora
 
+    options = json.loads(arguments[0])
     try:
-        facts = convert(options_of(json.loads(arguments[0])), _say)
+        facts = add_lora(LoraOptions(**options)) if "lora" in options else convert(options_of(options), _say)
     except ConversionError as error:
         _say({"event": "error", "message": error.message, "problems": list(error.problems)})
         return 1
