@@ -115,16 +115,19 @@ def test_try(tmp_path: Path, settings) -> None:
     }
     d = Diffusers(model, folder / "clip", files)
     for l in ({"both": 0.8}, {"attention": 1.0}, {"both": 0.8, "attention": -0.5}):
-        x=d.draw(l)
+        x = d.draw(l)
         print(l, x.mean(), x.std())
-    for p in files.values(): add(tmp_path, p)
+    for p in files.values():
+        add(tmp_path, p)
+
     async def go():
-      alone = settings.model_copy(update={"model_repository": tmp_path, "backend": "in-process"})
-      async with Server(alone) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
-        while not (await client.engines())[0].ready:
-            await asyncio.sleep(0.05)
-        base = await drawn(client, {})
-        for l in ({"both": 0.8}, {"attention": 1.0}, {"both": 0.8, "attention": -0.5}):
-            y = await drawn(client, l)
-            print(l, np.abs(y-d.draw(l)).max(), np.abs(y-base).mean())
+        alone = settings.model_copy(update={"model_repository": tmp_path, "backend": "in-process"})
+        async with Server(alone) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+            while not (await client.engines())[0].ready:
+                await asyncio.sleep(0.05)
+            base = await drawn(client, {})
+            for l in ({"both": 0.8}, {"attention": 1.0}, {"both": 0.8, "attention": -0.5}):
+                y = await drawn(client, l)
+                print(l, np.abs(y - d.draw(l)).max(), np.abs(y - base).mean())
+
     asyncio.run(go())

@@ -42,12 +42,16 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     digest = hashlib.sha256()
-    with unfinished.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-            digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     unfinished.replace(path)
     return digest.hexdigest()
 
