@@ -40,7 +40,9 @@ def read_loras(message: generation_pb2.GenerateRequest, engine: Engine, violatio
             )
         read.append(Lora(info, weight))
     if read and message.clip_guidance.exact:
-        violations["loras"] = "not together with clip_guidance.exact, whose UNet has none of them; leave one of them out"
+        violations["loras"] = (
+            "not together with clip_guidance.exact, whose UNet has none of them; leave one of them out"
+        )
     elif read and message.HasField("block_cache") and message.block_cache.interval != 1:
         violations["loras"] = "not together with block_cache, whose UNet has none of them; leave one of them out"
     return tuple(read)
