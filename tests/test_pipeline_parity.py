@@ -16,6 +16,7 @@ from sdmodels.tokenizer import Tokenizer
 from sdserver.engine_store import EngineStore
 from sdserver.noise import ImageNoise
 from sdserver.server import Server
+from sdserver.triton_models import Placement
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +76,7 @@ async def test_an_added_engine_draws_the_picture_of_diffusers(
     facts = await asyncio.to_thread(
         convert, Options(str(source), str(store.folder("small")), dtype="fp32"), lambda _: None
     )
-    store.complete("small", "", "", facts)
+    store.complete("small", "", "", facts, Placement(precision="fp32"))
     alone = settings.model_copy(update={"model_repository": tmp_path, "backend": "in-process"})
     async with Server(alone) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
         async with asyncio.timeout(200):
