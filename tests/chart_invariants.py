@@ -380,6 +380,35 @@ def only_server_and_prometheus_reach_triton(objects: list[Object]) -> Iterator[s
                     yield f"{_title(policy)}: everybody reads Triton's metrics"
 
 
+def policies_let_pods_reach_what_they_ask(objects: list[Object]) -> Iterator[str]:
+    """Triton, the collector of traces and the names of both for the server; the server for the pod of `helm test`."""
+    for each in of_kind(objects, "NetworkPolicy", "server"):
+        [server] = [container for container in containers(_pods(objects)["server"]) if container["name"] == "server"]
+        variables = environment(server)
+        asked = [variables.get("SDSERVER_TRITON_URL", ""), variables.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")]
+        egress = each["spec"]["egress"]
+        for address in (url.split("://")[-1].rstrip("/") for url in asked if url and not url.startswith("127.0.0.1:")):
+            host, _, port = address.rpartition(":")
+            own = next((one for one in of_kind(objects, "Service") if one["metadata"]["name"] == host), None)
+            ways = [rule for rule in egress if int(port) in {each["port"] for each in rule.get("ports", [])}]
+            meant = {own["metadata"]["labels"]["app.kubernetes.io/component"]} if own else None
+            if not any("to" not in rule or (meant and _peers(objects, rule["to"]) == meant) for rule in ways):
+                yield f"{_title(each)} does not let the server reach {address}"
+        if not any("to" not in rule and 53 in {port["port"] for port in rule["ports"]} for rule in egress):
+            yield f"{_title(each)} does not let the server look names up"
+        peers = [rule.get("from") for rule in each["spec"]["ingress"] if rule["ports"][0]["port"] == "grpc"]
+        if "test" in _pods(objects) and not any(rule is None or "test" in _peers(objects, rule) for rule in peers):
+            yield f"{_title(each)} does not let the test in"
+
+
+def _peers(objects: list[Object], peers: list[Object]) -> set[str]:
+    """Components that peers of a policy select in the release's own namespace."""
+    found = [
+        _selected(objects, peer["podSelector"].get("matchLabels", {})) for peer in peers if set(peer) == {"podSelector"}
+    ]
+    return set().union(*found)
+
+
 def jobs_can_be_changed(objects: list[Object]) -> Iterator[str]:
     for each in of_kind(objects, "Job"):
         if not re.search(r"-[0-9a-f]{10}$", each["metadata"]["name"]):
@@ -403,6 +432,7 @@ LAWS: list[Callable[[list[Object]], Iterator[str]]] = [
     images_are_pinned,
     secrets_stay_secrets,
     only_server_and_prometheus_reach_triton,
+    policies_let_pods_reach_what_they_ask,
     jobs_can_be_changed,
 ]
 
