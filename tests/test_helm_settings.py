@@ -139,7 +139,8 @@ async def test_probes_ask_what_a_real_server_answers_on_its_health_port(
 
 async def test_a_route_has_every_service_of_a_real_server(server: Server) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub_class: Any = reflection_pb2_grpc.ServerReflectionStub
+        reflection = stub_class(channel)
         question = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         [answer] = [answer async for answer in reflection.ServerReflectionInfo(question)]
     [route] = charts.of_kind(charts.render(charts.values_of("grpcroute")), "GRPCRoute")
