@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 import chart_invariants as laws
 import charts
 import kubernetes_validate
+import kubernetes_validate.utils
 import pytest
 from charts import VALUES, Object
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# The library would read megabytes of schemas anew for each object.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 # An OCI image as a volume is part of the API since then.
