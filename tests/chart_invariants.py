@@ -280,6 +280,17 @@ def stopping_has_its_time(objects: list[Object]) -> Iterator[str]:
                     yield f"{_title(each)} cuts a stream off that the server would finish"
 
 
+def rollouts_wait_for_engines(objects: list[Object]) -> Iterator[str]:
+    """A rollout counts as failed no sooner than the job that adds engines and the models' start may take."""
+    waits = sum(job["spec"]["activeDeadlineSeconds"] for job in of_kind(objects, "Job"))
+    for _, pod in pod_templates(objects):
+        for container in containers(pod):
+            waits += int(environment(container).get("SDSERVER_TRITON_START_SECONDS", 0))
+    for each in of_kind(objects, "Deployment"):
+        if each["spec"].get("progressDeadlineSeconds", 600) <= waits:
+            yield f"{_title(each)} has failed before it can have its engines"
+
+
 def updates_can_begin(objects: list[Object]) -> Iterator[str]:
     for each in of_kind(objects, "Deployment"):
         rolling = each["spec"]["strategy"]["rollingUpdate"]
@@ -426,6 +437,7 @@ LAWS: list[Callable[[list[Object]], Iterator[str]]] = [
     memory_volumes_fit_into_the_limit,
     pods_are_restricted,
     stopping_has_its_time,
+    rollouts_wait_for_engines,
     updates_can_begin,
     autoscalers_have_their_target,
     volumes_and_mounts_are_the_same,

@@ -160,6 +160,12 @@ BAD: list[tuple[str, str, Callable[[list[Object]], None], str]] = [
         "neither a pod more nor one less",
     ),
     (
+        "an impatient rollout",
+        "engines-job",
+        set_to(lambda o: server(o)["spec"], "progressDeadlineSeconds", 600),
+        "failed before it can have its engines",
+    ),
+    (
         "no target",
         "hpa",
         set_to(lambda o: charts.of_kind(o, "HorizontalPodAutoscaler")[0]["spec"]["scaleTargetRef"], "name", "x"),
