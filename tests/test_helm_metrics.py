@@ -41,6 +41,7 @@ JOB = "sd-sd-service"
 GPU = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes"}
 # Made by Prometheus itself, or labels that it gives to every target.
 PROMETHEUS_LABELS = {"namespace", "job", "instance", "le", "gpu_uuid"}
+SUFFIXES = r"_(total|bucket|sum|count)$"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool: apt-get install prometheus")
 
 
@@ -108,6 +109,8 @@ def test_every_metric_of_the_server_is_in_a_real_scrape_with_its_labels(scraped:
     asked = {name for expression in expressions() for name, _ in selectors(expression) if name.startswith("sdserver")}
     assert len(asked) > 15
     assert asked <= scraped.keys()
+    families = {name for name in scraped if name.startswith("sdserver") and not re.search(SUFFIXES, name)}
+    assert families == {re.sub(SUFFIXES, "", name) for name in asked}, "shown is all that is counted"
     for expression in expressions():
         for name, labels in selectors(expression):
             if name.startswith("sdserver"):
