@@ -1,6 +1,6 @@
 """What the chart says to operators (cert-manager, Envoy Gateway, Gateway API, KEDA, Prometheus) they understand.
 
-`make check-helm` installs the definitions by npm; without them these tests are skipped.
+`make check-helm` installs the definitions by npm, as CI does; without them these tests are skipped.
 """
 
 from __future__ import annotations
