@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from charts import Object, containers, environment, of_kind, pod_templates
 
@@ -39,6 +40,8 @@ RESTRICTED_VOLUMES = {
     "projected",
     "secret",
 }
+# Variables of the server that say whom it asks.
+ASKED = ("SDSERVER_TRITON_URL", "OTEL_EXPORTER_OTLP_ENDPOINT", "SDSERVER_C2PA_TIMESTAMP_AUTHORITY")
 # Names of variables whose values nobody but the process should read.
 SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$")
 
@@ -392,19 +395,20 @@ def only_server_and_prometheus_reach_triton(objects: list[Object]) -> Iterator[s
 
 
 def policies_let_pods_reach_what_they_ask(objects: list[Object]) -> Iterator[str]:
-    """Triton, the collector of traces and the names of both for the server; the server for the pod of `helm test`."""
+    """Those whom its settings name, and their names, for the server; the server for the pod of `helm test`."""
     for each in of_kind(objects, "NetworkPolicy", "server"):
         [server] = [container for container in containers(_pods(objects)["server"]) if container["name"] == "server"]
         variables = environment(server)
-        asked = [variables.get("SDSERVER_TRITON_URL", ""), variables.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")]
+        asked = [variables.get(name, "") for name in ASKED]
         egress = each["spec"]["egress"]
-        for address in (url.split("://")[-1].rstrip("/") for url in asked if url and not url.startswith("127.0.0.1:")):
-            host, _, port = address.rpartition(":")
+        for url in (url for url in asked if url and not url.startswith("127.0.0.1:")):
+            parts = urlsplit(url if "://" in url else f"grpc://{url}")
+            host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
             own = next((one for one in of_kind(objects, "Service") if one["metadata"]["name"] == host), None)
-            ways = [rule for rule in egress if int(port) in {each["port"] for each in rule.get("ports", [])}]
+            ways = [rule for rule in egress if port in {opened["port"] for opened in rule.get("ports", [])}]
             meant = {own["metadata"]["labels"]["app.kubernetes.io/component"]} if own else None
             if not any("to" not in rule or (meant and _peers(objects, rule["to"]) == meant) for rule in ways):
-                yield f"{_title(each)} does not let the server reach {address}"
+                yield f"{_title(each)} does not let the server reach {host}:{port}"
         if not any("to" not in rule and 53 in {port["port"] for port in rule["ports"]} for rule in egress):
             yield f"{_title(each)} does not let the server look names up"
         peers = [rule.get("from") for rule in each["spec"]["ingress"] if rule["ports"][0]["port"] == "grpc"]

@@ -151,6 +151,7 @@ def test_every_value_says_what_it_means_in_one_place_that_the_readme_shows() -> 
         ("networkPolicy.prometheus", [], "/networkPolicy/prometheus"),
         ("networkPolicy.clients", [{}], "/networkPolicy/clients/0"),
         ("traces.ratio", 1.5, "/traces/ratio"),
+        ("signing.timestampAuthority", "http://x:y", "/signing/timestampAuthority"),
         ("traces.endpoint", "collector:4317", "/traces/endpoint"),
         ("helmTest.prompt", "--help", "/helmTest/prompt"),
     ],

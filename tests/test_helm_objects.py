@@ -229,6 +229,12 @@ BAD: list[tuple[str, str, Callable[[list[Object]], None], str]] = [
         "does not let the server reach collector.tracing.svc:4317",
     ),
     (
+        "no way to time stamps",
+        "safety-signing",
+        lambda o: policy(o, "server")["egress"].pop(),
+        "does not let the server reach timestamp.example.com:8318",
+    ),
+    (
         "no names",
         "default",
         lambda o: policy(o, "server")["egress"].pop(0),
