@@ -152,12 +152,14 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
+    # Original files do not say it. A single step has to begin at the noisy end: the other spacings begin at the clean one.
+    spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
         "description": f"Stable Diffusion {facts['family']}.x at {size} x {size} pixels, from {source['name']}.",
         "prediction_type": facts["prediction_type"],
-        "noise_schedule": facts["noise_schedule"],
+        "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
         "text_encoder": facts["text_encoder"],
         "native_width": size,

@@ -14,7 +14,7 @@ from sdserver.backends import EncodedText
 from sdserver.errors import GenerationFailed, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from sdmodels.clip_guidance import ClipGuidance
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sdmodels.vae import VaeDecoder, VaeEncoder
 
     from sdserver.backends import Floats, Integers, Pixels
-    from sdserver.engines import Catalog, Engine
+    from sdserver.engines import Engine
     from sdserver.request import Emphasis
     from sdserver.safety_model import SafetyModel
 
@@ -47,15 +47,26 @@ class _Models:
 
 
 class InProcessBackend:
-    """The same model code that Triton runs, one call at a time in a thread of its own."""
+    """The same model code that Triton runs, one call at a time in a thread of its own.
 
-    def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
+    `precision` is that of all UNets, as `sdmodels.runtimes.load_unet` has it; empty: the machine's best.
+    """
+
+    def __init__(
+        self,
+        catalog: Iterable[Engine],
+        model_repository: Path,
+        safety_model: SafetyModel | None = None,
+        *,
+        precision: str = "",
+    ) -> None:
         # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._engines = model_repository / "engines"
         self._models: dict[str, _Models] = {}
         self._safety_model = safety_model
+        self._precision = precision
         self._classifier: SafetyClassifier | None = None
         loop = asyncio.get_running_loop()
         if safety_model is not None:
@@ -155,12 +166,14 @@ class InProcessBackend:
 
             self._models[engine.id] = _Models(
                 TextEncoder(folder),
-                load_unet(folder, physical_cores()),
+                load_unet(folder, physical_cores(), precision=self._precision),
                 VaeDecoder(folder),
                 VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
                 ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
                 UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
-                load_unet_cache(folder, physical_cores()) if "unet_cache" in engine.optional_roles else None,
+                load_unet_cache(folder, physical_cores(), precision=self._precision)
+                if "unet_cache" in engine.optional_roles
+                else None,
             )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)
