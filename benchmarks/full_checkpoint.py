@@ -1,7 +1,7 @@
-"""Stable Diffusion 2.1 at its full size with random weights: what a user's folder of diffusers holds, but for the sense.
+"""Stable Diffusion 2.1 at its full size with random weights, as a folder of diffusers.
 
-The published configurations, weights of a fixed seed in half precision (2.6 GB), the UNet's and the decoder's last layer
-scaled so that predictions and pictures spread as trained ones do: differences then show.
+The published configurations and weights of a fixed seed in half precision (2.6 GB). The last layers of UNet and decoder
+are scaled so that predictions and pictures spread as trained ones do: differences then show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VAE = {
     "layers_per_block": 2,
     "sample_size": 768,
 }
-TEXT_ENCODER = {
+TEXT_ENCODER: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 23,

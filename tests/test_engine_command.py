@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from checkpoints import Model
 from sdclient import AsyncClient
+from sdmodels.openvino_unet import prepare
 from sdserver.engine_command import main
 from sdserver.engine_store import EngineStore, engine_id_of
 from sdserver.engines import load_engine
@@ -24,8 +26,6 @@ from sdserver.triton_process import TritonProcess, why_not
 from tritonclient.grpc.aio import InferenceServerClient
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sdserver.settings import ServeSettings
 
 MODEL = Model("1", "epsilon")
@@ -62,9 +62,30 @@ def test_the_report_lists_what_was_written_and_under_which_licence(added: tuple[
     assert report["id"] == "small-model-v1"
     assert report["license"]["name"] == "CreativeML OpenRAIL-M"
     assert report["source"]["name"] == "Small Model_v1.safetensors"
-    written = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
+    written = {str(path.relative_to(repository)) for path in repository.rglob("[!.]*") if path.is_file()}
     configurations = {name for name in report["weights"] if name.endswith(".json")}
     assert set(report["written"]) == written - {f"engines/small-model-v1/{name}" for name in configurations}
+
+
+def test_an_added_engine_has_previews_and_starts_without_a_conversion(added: tuple[Path, dict[str, Any]]) -> None:
+    folder = added[0] / "engines/small-model-v1"
+    engine = load_engine(folder)
+    assert engine.preview_map is not None
+    networks = [name for name in added[1]["written"] if "/openvino/" in name]
+    assert [Path(name).name for name in networks] == ["unet.bin", "unet.xml"]
+    assert prepare(folder, engine.weights, block_cache=False) == []
+
+
+def test_an_engine_that_cannot_be_prepared_is_whole_and_left_to_its_first_start(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "engines/small"
+    folder.mkdir(parents=True)
+    # Stands where the folder of OpenVINO's files would be.
+    (folder / "openvino").write_text("")
+    assert run(tmp_path, "add", str(source), "--name", "small") == 0
+    assert "left to the first start: " in capsys.readouterr().err
+    assert EngineStore(tmp_path).problems(load_engine(folder)) == []
 
 
 def test_adding_it_again_changes_nothing_and_says_so(

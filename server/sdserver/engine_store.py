@@ -79,8 +79,10 @@ class EngineStore:
         descriptor = _descriptor(engine_id, title, license_name, facts)
         before = self.find(engine_id)
         if before and before.preview_map:
-            # Fitted by hand, and still right for the same weights.
+            # Perhaps fitted to the engine's own images, and still right for the same weights.
             descriptor["preview_map"] = before.model_dump(mode="json")["preview_map"]
+        elif found := facts.get("preview_map"):
+            descriptor["preview_map"] = {"matrix": found["matrix"], "bias": found["bias"]}
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
@@ -152,7 +154,7 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
-    # Original files do not say it. A single step has to begin at the noisy end: the other spacings begin at the clean one.
+    # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
     spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
