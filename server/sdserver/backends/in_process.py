@@ -12,9 +12,10 @@ import structlog
 
 from sdserver.backends import EncodedText
 from sdserver.errors import GenerationFailed, Unavailable
+from sdserver.triton_models import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
     from sdmodels.clip_guidance import ClipGuidance
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sdmodels.vae import VaeDecoder, VaeEncoder
 
     from sdserver.backends import Floats, Integers, Pixels
-    from sdserver.engines import Engine
+    from sdserver.engines import Catalog, Engine
     from sdserver.request import Emphasis
     from sdserver.safety_model import SafetyModel
 
@@ -49,24 +50,17 @@ class _Models:
 class InProcessBackend:
     """The same model code that Triton runs, one call at a time in a thread of its own.
 
-    `precision` is that of all UNets, as `sdmodels.runtimes.load_unet` has it; empty: the machine's best.
+    Of what `config.pbtxt` says of the UNet's models, their precision and runtime hold here, too.
     """
 
-    def __init__(
-        self,
-        catalog: Iterable[Engine],
-        model_repository: Path,
-        safety_model: SafetyModel | None = None,
-        *,
-        precision: str = "",
-    ) -> None:
+    def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
         # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="models")
+        self._repository = model_repository
         self._engines = model_repository / "engines"
         self._models: dict[str, _Models] = {}
         self._safety_model = safety_model
-        self._precision = precision
         self._classifier: SafetyClassifier | None = None
         loop = asyncio.get_running_loop()
         if safety_model is not None:
@@ -166,17 +160,22 @@ class InProcessBackend:
 
             self._models[engine.id] = _Models(
                 TextEncoder(folder),
-                load_unet(folder, physical_cores(), precision=self._precision),
+                load_unet(folder, physical_cores(), *self._options(engine, "unet")),
                 VaeDecoder(folder),
                 VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
                 ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
                 UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
-                load_unet_cache(folder, physical_cores(), precision=self._precision)
+                load_unet_cache(folder, physical_cores(), *self._options(engine, "unet_cache"))
                 if "unet_cache" in engine.optional_roles
                 else None,
             )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)
+
+    def _options(self, engine: Engine, role: str) -> tuple[str, str]:
+        """Runtime and precision of one of the UNet's models."""
+        said = parameters(self._repository, engine.model(role))
+        return said.get("runtime", ""), said.get("precision", "")
 
     def _loaded(self, engine: Engine) -> _Models:
         try:
