@@ -23,10 +23,9 @@ from checkpoints import Model
 from diffusers_pictures import Case, Picture, clip_tokenizer, psnr
 from sdclient import AsyncClient
 from sdmodels.conversion.convert import Options, convert
-from sdserver.backends.in_process import InProcessBackend
 from sdserver.engine_store import EngineStore
-from sdserver.engines import load_catalog
 from sdserver.server import Server
+from sdserver.triton_models import Placement
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,51 +96,56 @@ def diffusers(tmp_path_factory: pytest.TempPathFactory) -> Diffusers:
     return Diffusers(tmp_path_factory.mktemp("tokenizers"))
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+class Repository:
     """A model repository with an engine of each kind; those that share a UNet share OpenVINO's form of it."""
-    sources, repository, networks = (tmp_path_factory.mktemp(name) for name in ("sources", "repository", "networks"))
-    store = EngineStore(repository)
-    for engine_id, kind in KINDS.items():
-        source = sources / kind.source
-        if source.suffix:
-            kind.model.save_original(source)
-        else:
-            path = kind.model.save_diffusers(source) / "scheduler/scheduler_config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | kind.scheduler))
-        prediction = kind.model.prediction_type
-        options = Options(str(source), str(store.folder(engine_id)), dtype="fp32", prediction_type=prediction)
-        facts = convert(options, lambda _: None)
-        store.complete(engine_id, "", "", facts)
-        (store.folder(engine_id) / "openvino").symlink_to(networks)
-    return repository
 
+    def __init__(self, sources: Path, folder: Path, networks: Path) -> None:
+        self.folder = folder
+        self.store = EngineStore(folder)
+        self._facts = {}
+        for engine_id, kind in KINDS.items():
+            source = sources / kind.source
+            if source.suffix:
+                kind.model.save_original(source)
+            else:
+                path = kind.model.save_diffusers(source) / "scheduler/scheduler_config.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | kind.scheduler))
+            prediction = kind.model.prediction_type
+            options = Options(str(source), str(self.store.folder(engine_id)), dtype="fp32", prediction_type=prediction)
+            self._facts[engine_id] = convert(options, lambda _: None)
+            (self.store.folder(engine_id) / "openvino").symlink_to(networks)
 
-def drawn(settings: ServeSettings, repository: Path, precision: str, cases: list[Case]) -> dict[Case, Picture]:
-    """The service's pictures, with UNets that compute in a precision."""
+    def drawn(self, settings: ServeSettings, precision: str) -> dict[Case, Picture]:
+        """The service's pictures of all cases, with UNets that compute in a precision."""
+        for engine_id, facts in self._facts.items():
+            self.store.complete(engine_id, "", "", facts, Placement(precision=precision))
 
-    async def draw() -> dict[Case, Picture]:
-        alone = settings.model_copy(update={"model_repository": repository, "metrics_port": None})
-        backend = InProcessBackend(load_catalog(repository), repository, precision=precision)
-        async with Server(alone, backend) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
-            async with asyncio.timeout(250):
-                while not all(engine.ready for engine in await client.engines()):
-                    await asyncio.sleep(0.05)
-            return {case: await case.by_the_service(client) for case in cases}
+        async def draw() -> dict[Case, Picture]:
+            alone = settings.model_copy(update={"model_repository": self.folder, "backend": "in-process"})
+            async with Server(alone) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+                async with asyncio.timeout(250):
+                    while not all(engine.ready for engine in await client.engines()):
+                        await asyncio.sleep(0.05)
+                return {case: await case.by_the_service(client) for case in CASES}
 
-    return asyncio.run(draw())
-
-
-@pytest.fixture(scope="module")
-def in_fp32(settings: ServeSettings, repository: Path) -> dict[Case, Picture]:
-    return drawn(settings, repository, "fp32", CASES)
+        return asyncio.run(draw())
 
 
 @pytest.fixture(scope="module")
-def in_bf16(settings: ServeSettings, repository: Path) -> dict[Case, Picture]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    return Repository(*(tmp_path_factory.mktemp(name) for name in ("sources", "repository", "networks")))
+
+
+@pytest.fixture(scope="module")
+def in_fp32(settings: ServeSettings, repository: Repository) -> dict[Case, Picture]:
+    return repository.drawn(settings, "fp32")
+
+
+@pytest.fixture(scope="module")
+def in_bf16(settings: ServeSettings, repository: Repository) -> dict[Case, Picture]:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU does not compute in bf16")
-    return drawn(settings, repository, "bf16", CASES)
+    return repository.drawn(settings, "bf16")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -160,7 +164,9 @@ def test_in_bf16_the_picture_is_within_40_db_of_that_of_diffusers(
     assert psnr(in_bf16[case], diffusers(case)) >= 40
 
 
-def test_a_turbo_of_an_original_file_takes_its_one_step_from_the_noisy_end(repository: Path) -> None:
-    turbo = EngineStore(repository).find("sd-turbo")
+def test_a_turbo_of_an_original_file_takes_its_one_step_from_the_noisy_end(
+    repository: Repository, in_fp32: dict[Case, Picture]
+) -> None:
+    turbo = repository.store.find("sd-turbo")
     assert turbo
     assert turbo.noise_schedule.timestep(turbo.sigmas("native", 1)[0]) == 999

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from sdserver.engines import Engine
 
@@ -127,6 +131,15 @@ def model_files(engine: Engine, features: int | None, placement: Placement | Non
             ("1/model.py", _model(_ROLES[role])),
         )
     }
+
+
+def parameters(model_repository: Path, model: str) -> dict[str, str]:
+    """The parameters in a model's `config.pbtxt`; of a model that is not there, none."""
+    path = model_repository / model / "config.pbtxt"
+    if not path.exists():
+        return {}
+    config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    return {name: value.string_value for name, value in config.parameters.items()}
 
 
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
