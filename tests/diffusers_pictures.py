@@ -6,7 +6,7 @@ import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import open_clip
@@ -29,7 +29,6 @@ from sdserver.noise import ImageNoise
 from transformers import CLIPTokenizer
 
 if TYPE_CHECKING:
-    from checkpoints import Model
     from sdclient import AsyncClient, Sampler
 
 Picture = NDArray[np.float32]
@@ -45,6 +44,17 @@ SCHEDULERS: dict[Sampler, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
+
+
+class Modules(Protocol):
+    """diffusers' and transformers' modules of a checkpoint."""
+
+    @property
+    def unet(self) -> Any: ...
+    @property
+    def vae(self) -> Any: ...
+    @property
+    def transformers_text_encoder(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Case:
         )
         return np.asarray(image.to_pil(), np.float32)
 
-    def by_diffusers(self, model: Model, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]) -> Picture:
+    def by_diffusers(self, model: Modules, tokenizer: CLIPTokenizer, scheduler: dict[str, Any]) -> Picture:
         """By the pipeline of its kind, with a scheduler of that configuration."""
         kind, options = SCHEDULERS[self.sampler]
         config = {**SCHEDULER, "timestep_spacing": "leading", **scheduler, **options}

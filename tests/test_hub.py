@@ -105,7 +105,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 def add(hub: FakeHub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`sdserver engine add` against the fake hub; its cache is the test's own, and nothing is converted for OpenVINO."""
+    """`sdserver engine add` against the fake hub, with a cache of the test's own, and without OpenVINO."""
     return subprocess.run(
         [
             sys.executable,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MIRROR = "SDSERVER_ENGINE_MIRROR"
+# Of which also a quarter, the overlap, is in whole places of the latents.
+DECODE_TILE_MULTIPLE = 32
+LEAST_DECODE_TILE = 128
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -106,7 +109,15 @@ def _add(store: EngineStore, options: argparse.Namespace) -> int:
     placement = Placement(
         options.device, options.precision, options.runtime, options.row_buckets or "", options.compile, options.threads
     )
-    report = store.complete(engine_id, title, options.license or "", facts, placement, block_cache=block_cache)
+    report = store.complete(
+        engine_id,
+        title,
+        options.license or "",
+        facts,
+        placement,
+        block_cache=block_cache,
+        decode_tile=options.decode_tile,
+    )
     written += report.written
     engine = report.engine
     if options.json:
@@ -259,6 +270,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _tile(text: str) -> int:
+    if not text.isdecimal() or int(text) % DECODE_TILE_MULTIPLE or 0 < int(text) < LEAST_DECODE_TILE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be 0, or a multiple of {DECODE_TILE_MULTIPLE} from {LEAST_DECODE_TILE} on"
+        )
+    return int(text)
+
+
 def _row_buckets(text: str) -> str:
     return ",".join(str(_count(each)) for each in text.split(","))
 
@@ -286,6 +305,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="where the source does not say it")
     add.add_argument("--clip", metavar="PATH_OR_REPO", help="open_clip's files of the whole CLIP, for CLIP guidance")
     add.add_argument("--block-cache", action="store_true", help="take block caching: the UNet is loaded a second time")
+    add.add_argument(
+        "--decode-tile",
+        type=_tile,
+        metavar="PIXELS",
+        help="decode larger images in squares of this side, for less memory; 0: never; default: the native size",
+    )
     add.add_argument("--license", help="its name or SPDX id; default: the model card's or the family's")
     add.add_argument("--sha256", help="refuse a file of another digest")
     add.add_argument("--file", help="the one file to take of a repository")

@@ -69,14 +69,18 @@ class EngineStore:
         placement: Placement | None = None,
         *,
         block_cache: bool = False,
+        decode_tile: int | None = None,
     ) -> Report:
         """Makes an engine of the files that `sdmodels.conversion` has written below its folder.
 
         With `block_cache`, or if it has been there with it, it takes block caching, for which its UNet is loaded a
-        second time. Its Triton models come first and its descriptor last: only then there is an engine. Raises
-        EngineError.
+        second time. `decode_tile` is the side of the squares, in pixels, in which larger images are decoded; 0: none;
+        None: the native size. Its Triton models come first and its descriptor last: only then there is an engine.
+        Raises EngineError.
         """
         descriptor = _descriptor(engine_id, title, license_name, facts)
+        if decode_tile is not None:
+            descriptor["decode_tile"] = {"size": decode_tile, "overlap": decode_tile // 4} if decode_tile else None
         before = self.find(engine_id)
         if before and before.preview_map:
             # Perhaps fitted to the engine's own images, and still right for the same weights.
