@@ -70,8 +70,9 @@ async def by_the_service(repository: Path, cases: list[Case]) -> dict[Case, Pict
     """Pictures of an engine by a real Triton and a server of their own."""
     engine = EngineStore(repository).find(ENGINE)
     assert engine is not None
-    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-    triton = TritonProcess(repository, engine.models, **ports, start_seconds=1800, on_progress=print)
+    triton = TritonProcess(
+        *(repository, engine.models), grpc_port=0, http_port=0, metrics_port=0, start_seconds=1800, on_progress=print
+    )
     async with triton:
         settings = ServeSettings(
             port=0, model_repository=repository, triton_url=f"127.0.0.1:{triton.grpc_port}", max_generation_seconds=3600
