@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sdserver.settings import ServeSettings
 
 IN_FLIGHT = 8
+DECODED_SECONDS = 1.5
 SMALL: dict[str, Any] = {"steps": 12}
 LARGE: list[dict[str, Any]] = [
     {"steps": 12, "width": 256},
@@ -131,7 +132,7 @@ async def seconds_of(client: AsyncClient, options: dict[str, Any], times: int) -
 
 async def small_among_large(client: AsyncClient, times: int) -> float:
     """The 99th percentile of a small image's time beside larger ones, over its median alone."""
-    alone = await seconds_of(client, SMALL, max(5, times // 3))
+    alone = await seconds_of(client, SMALL, max(5, times // 4))
     async with in_flight(client, LARGE):
         beside = await seconds_of(client, SMALL, times)
     return quantile(beside, 0.99) / statistics.median(alone)
@@ -145,10 +146,11 @@ async def stalled_reader(client: AsyncClient, address: str, times: int) -> float
         async with AsyncClient(address) as lazy:
             stream = lazy.stream("a lake", steps=1, image_count=4, preview=PreviewOptions(every_steps=1))
             async with stream as events:
-                # Its images are ready, and it does not take them.
                 async for event in events:
                     if isinstance(event, Progress) and event.step == 1:
                         break
+                # Its images are ready by then, and it does not take them.
+                await asyncio.sleep(DECODED_SECONDS)
                 [beside] = await seconds_of(client, SMALL, 1)
         ratios.append(beside / without)
     return statistics.median(ratios)
@@ -163,7 +165,7 @@ async def measure(rounds: int) -> dict[str, list[float]]:
                 joined, left = await joining_and_leaving(client, rows, 25)
                 found["joining"].append(quantile(joined, 0.95))
                 found["leaving"].append(quantile(left, 0.99))
-                found["small"].append(await small_among_large(client, 12))
+                found["small"].append(await small_among_large(client, 30))
                 found["stalled"].append(await stalled_reader(client, address, 8))
     return found
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
+from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
-from sdmodels.openvino_unet import OpenVinoUNet, default_precision
+from sdmodels.openvino_unet import OpenVinoUNet
 from sdmodels.runtimes import default_runtime, load_unet
 from sdmodels.unet import UNet
 
@@ -64,9 +65,9 @@ def test_it_predicts_what_torch_predicts(height: int, width: int, tokens: int) -
     assert np.square(best - expected).mean() < 0.02**2 * np.square(expected).mean()
 
 
-def test_bf16_is_the_default_where_the_cpu_has_instructions_for_it() -> None:
-    has_bf16 = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    assert default_precision() == ("bf16" if has_bf16 else "fp32")
+def test_we_know_as_openvino_does_whether_the_cpu_has_bf16() -> None:
+    hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
+    assert has_bf16() == (hint == openvino.Type.bf16)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -139,4 +140,4 @@ def test_the_choice_of_a_runtime(engine_folder: Path) -> None:
     with pytest.raises(ValueError, match="precision is 'int8'; it must be one of fp32, bf16"):
         load_unet(engine_folder, 1, "openvino", "int8")
     with pytest.raises(ValueError, match="with torch it must be fp32"):
-        load_unet(engine_folder, 1, "torch", "bf16")
+        load_unet(engine_folder, 1, "torch", "fp16")

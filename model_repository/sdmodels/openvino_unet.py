@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdmodels.batching import check_rows
+from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
 
 # OpenVINO tells its makers that it was imported, where it finds this package.
@@ -119,17 +120,10 @@ class _Sinusoid:
         return np.concatenate(halves, axis=1)
 
 
-def default_precision() -> str:
-    """bf16 where the CPU has instructions for it (AVX512_BF16, AMX), which take about 0.6 of the time; else fp32."""
-    # OpenVINO's own choice. Among its capabilities is also a bf16 that it would have to emulate.
-    hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
-    return "bf16" if hint == openvino.Type.bf16 else "fp32"
-
-
 def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
     """A converted network, compiled; without `features` it returns its first output alone."""
     core = openvino.Core()
-    precision = precision or default_precision()
+    precision = precision or ("bf16" if has_bf16() else "fp32")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -32,6 +32,7 @@ class _Role:
 
 Device = Literal["auto", "cpu", "gpu"]
 _PREDICTING = ("unet", "unet_cache")
+_AUTOENCODER = ("vae_decoder", "vae_encoder")
 # Triton makes a group of KIND_AUTO one instance on each GPU, or one on the CPU where it sees none.
 _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
@@ -40,7 +41,8 @@ _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIN
 class Placement:
     """Where an engine's models run, and how; an empty text, and None, leave it to the machine that they start on.
 
-    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`.
+    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`. A `precision` of
+    fp32 holds for the autoencoder, too.
     """
 
     device: Device = "auto"
@@ -55,6 +57,8 @@ class Placement:
         said: dict[str, str] = {} if self.threads is None else {"threads": str(self.threads)}
         if role in _PREDICTING:
             said |= {"precision": self.precision, "runtime": self.runtime, "row_buckets": self.row_buckets}
+        if role in _AUTOENCODER and self.precision == "fp32":
+            said["precision"] = self.precision
         if role == "unet" and self.compile:
             said["compile"] = "true"
         return {name: value for name, value in said.items() if value}

@@ -50,7 +50,7 @@ class _Models:
 class InProcessBackend:
     """The same model code that Triton runs, one call at a time in a thread of its own.
 
-    Of what `config.pbtxt` says of the UNet's models, their precision and runtime hold here, too.
+    Of what `config.pbtxt` says, the UNet's precision and runtime and the decoder's precision hold here, too.
     """
 
     def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
@@ -153,6 +153,7 @@ class InProcessBackend:
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.clip_guidance import ClipGuidance
             from sdmodels.cores import physical_cores
+            from sdmodels.precision import chosen, decoder_precision
             from sdmodels.runtimes import load_unet, load_unet_cache
             from sdmodels.text_encoder import TextEncoder
             from sdmodels.unet_gradient import UNetGradient
@@ -161,7 +162,7 @@ class InProcessBackend:
             self._models[engine.id] = _Models(
                 TextEncoder(folder),
                 load_unet(folder, physical_cores(), *self._options(engine, "unet")),
-                VaeDecoder(folder),
+                VaeDecoder(folder, precision=chosen(self._options(engine, "vae_decoder")[1], "cpu", decoder_precision)),
                 VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
                 ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
                 UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
@@ -173,7 +174,7 @@ class InProcessBackend:
             log.exception("engine could not be loaded", engine=engine.id)
 
     def _options(self, engine: Engine, role: str) -> tuple[str, str]:
-        """Runtime and precision of one of the UNet's models."""
+        """Runtime and precision of a model."""
         said = parameters(self._repository, engine.model(role))
         return said.get("runtime", ""), said.get("precision", "")
 
