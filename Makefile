@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format proto bench bench-full invariance serve chart check-helm check-images train evaluate clean
+.PHONY: demo test check format proto bench bench-full parity-full memory invariance serve chart check-helm check-images train evaluate clean
 
 demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
 	$(BIN)/python examples/demo.py
@@ -41,6 +41,12 @@ bench: .venv/.ready ## Measure speed and memory, against diffusers, request-leve
 
 bench-full: .venv/.ready ## Measure a step of SD 2.1's own UNet, with random weights; 12 GB of memory.
 	$(BIN)/python -m benchmarks.full_size
+
+parity-full: .venv/.ready ## SD 2.1 at full size with random weights: our picture against diffusers'; 8 GB of memory.
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.parity_full
+
+memory: .venv/.ready ## What the models of SD 2.1 take of memory, loading and at work; 6 GB of it.
+	$(BIN)/python -m benchmarks.memory
 
 invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ.
 	INVARIANCE_CASES=420 $(BIN)/python -m pytest tests/test_batch_invariance.py

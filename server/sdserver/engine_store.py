@@ -69,18 +69,24 @@ class EngineStore:
         placement: Placement | None = None,
         *,
         block_cache: bool = False,
+        decode_tile: int | None = None,
     ) -> Report:
         """Makes an engine of the files that `sdmodels.conversion` has written below its folder.
 
         With `block_cache`, or if it has been there with it, it takes block caching, for which its UNet is loaded a
-        second time. Its Triton models come first and its descriptor last: only then there is an engine. Raises
-        EngineError.
+        second time. `decode_tile` is the side of the squares, in pixels, in which larger images are decoded; 0: none;
+        None: the native size. Its Triton models come first and its descriptor last: only then there is an engine.
+        Raises EngineError.
         """
         descriptor = _descriptor(engine_id, title, license_name, facts)
+        if decode_tile is not None:
+            descriptor["decode_tile"] = {"size": decode_tile, "overlap": decode_tile // 4} if decode_tile else None
         before = self.find(engine_id)
         if before and before.preview_map:
-            # Fitted by hand, and still right for the same weights.
+            # Perhaps fitted to the engine's own images, and still right for the same weights.
             descriptor["preview_map"] = before.model_dump(mode="json")["preview_map"]
+        elif found := facts.get("preview_map"):
+            descriptor["preview_map"] = {"matrix": found["matrix"], "bias": found["bias"]}
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
@@ -152,12 +158,14 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
+    # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
+    spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
         "description": f"Stable Diffusion {facts['family']}.x at {size} x {size} pixels, from {source['name']}.",
         "prediction_type": facts["prediction_type"],
-        "noise_schedule": facts["noise_schedule"],
+        "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
         "text_encoder": facts["text_encoder"],
         "native_width": size,
