@@ -26,6 +26,8 @@ Tensors = dict[str, torch.Tensor]
 VOCABULARY = 49408
 TEXT_WIDTH = 64
 TEXT_BLOCKS = 4
+FURTHER_CHANNELS = {"none": 0, "inpainting": 5}
+PIPELINES = {"none": "StableDiffusionPipeline", "inpainting": "StableDiffusionInpaintPipeline"}
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -45,6 +47,7 @@ class Model:
 
     family: Literal["1", "2"]
     prediction_type: str
+    conditioning: Literal["none", "inpainting"] = "none"
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -53,6 +56,7 @@ class Model:
         torch.manual_seed(1)
         return UNet2DConditionModel(
             sample_size=96 if self.prediction_type == "v_prediction" else 64,
+            in_channels=4 + FURTHER_CHANNELS[self.conditioning],
             block_out_channels=channels,
             attention_head_dim=[width // 64 for width in channels] if two else 8,
             cross_attention_dim=TEXT_WIDTH,
@@ -63,13 +67,18 @@ class Model:
     @cached_property
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(2)
-        return AutoencoderKL(
+        vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(32, 32, 64, 64),
             layers_per_block=2,
             sample_size=768 if self.prediction_type == "v_prediction" else 512,
         ).eval()
+        with torch.no_grad():
+            # A posterior without spread: diffusers' pipelines take a sample of it, and the service its mean.
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+        return vae
 
     @cached_property
     def clip(self) -> CLIP:
@@ -137,7 +146,7 @@ class Model:
         self.unet.save_pretrained(folder / "unet", **options)
         self.vae.save_pretrained(folder / "vae", **options)
         self.transformers_text_encoder.save_pretrained(folder / "text_encoder", **options)
-        _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+        _write(folder / "model_index.json", {"_class_name": PIPELINES[self.conditioning]})
         _write(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": self.prediction_type})
         (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# A model card\n")
         return folder

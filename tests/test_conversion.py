@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -69,7 +69,8 @@ def add(store: EngineStore, source: Path, **options: Any) -> Engine:
 
 
 def compare_unet(engine_folder: Path, model: Model) -> None:
-    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 8, 16), (2, 77, 64)))
+    channels = model.unet.config.in_channels
+    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, channels, 8, 16), (2, 77, 64)))
     timesteps = np.array([1, 700], np.float32)
     with torch.inference_mode():
         expected = model.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(states)).sample
@@ -180,6 +181,23 @@ def test_averaged_weights_are_taken_where_a_file_has_them(store: EngineStore, tm
     }
     add(store, ONE.save_original(tmp_path / "full.safetensors", **trained, **averaged), dtype="fp32")
     compare_unet(store.folder("small"), ONE)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("2", "512-inpainting-ema.safetensors"), ("1", "sd-v1-5-inpainting.ckpt")]
+)
+def test_an_inpainting_file_and_its_folder_give_the_same_bytes_and_compute_what_the_modules_do(
+    tmp_path: Path, family: Literal["1", "2"], name: str
+) -> None:
+    model = Model(family, "epsilon", "inpainting")
+    store, other = EngineStore(tmp_path / "file"), EngineStore(tmp_path / "folder")
+    engine = add(store, model.save_original(tmp_path / name), dtype="fp32")
+    assert (engine.conditioning, engine.unet_channels, engine.native_width) == ("inpainting", 9, 512)
+    compare_unet(store.folder("small"), model)
+    compare_vae(store.folder("small"), model)
+    from_folder = add(other, model.save_diffusers(tmp_path / "folder-of-diffusers"), dtype="fp32")
+    assert from_folder.weights[UNET] == engine.weights[UNET]
+    assert from_folder.conditioning == "inpainting"
 
 
 # What a descriptor says
@@ -386,10 +404,12 @@ def test_a_tensor_of_an_original_file_is_named_as_the_file_names_it(store: Engin
     )
 
 
-def test_an_inpainting_unet_is_refused_by_what_it_wants(store: EngineStore, tmp_path: Path) -> None:
-    nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
-    with pytest.raises(ConversionError, match="a mask and a masked image"):
-        add(store, ONE.save_original(tmp_path / "inpainting.safetensors", **nine))
+def test_a_unet_that_wants_what_no_server_of_ours_gives_is_refused_by_what_it_wants(
+    store: EngineStore, tmp_path: Path
+) -> None:
+    eight = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}
+    with pytest.raises(ConversionError, match="an image to edit"):
+        add(store, ONE.save_original(tmp_path / "editing.safetensors", **eight))
 
 
 def test_values_beyond_fp16_are_refused_and_bf16_holds_them(store: EngineStore, tmp_path: Path) -> None:

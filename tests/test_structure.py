@@ -43,6 +43,7 @@ LAYERS = [
     {"text_cache", "outbox", "denoiser", "decoding", "engine_schedulers", "backends.triton", "backends.in_process"},
     {"backends.observed", "metrics", "capacity.gpu"},
     {"image_writer", "safety", "encoding", "engine_pool", "capacity.server"},
+    {"conditioning"},
     {"generation", "engine_watch", "capacity.simulation"},
     {"pipeline", "wire.names", "capacity.planning"},
     {"wire.reading_images", "wire.reading_windows", "wire.reading_clip_guidance", "wire.writing"},

@@ -320,6 +320,7 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "formats": ", ".join(engine.media_types),
             "safety check": engine.safety_mode or "unknown",
             "CLIP guidance": _clip_presets(engine),
+            "conditioning": engine.conditioning or "unknown",
             "block caching": "yes" if engine.block_cache else "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
             "restrictions": engine.license.use_restrictions or "none",

@@ -419,6 +419,10 @@ SafetyMode = Literal["off", "flag", "blur", "block"]
 is, sent blurred beyond recognition, or not sent. Previews are unchecked: `blur` blurs them, `block` leaves them out."""
 
 
+Conditioning = Literal["none", "inpainting"]
+"""What an engine's UNet takes beside noise and prompts: nothing, or what is kept of `init_image`, and where."""
+
+
 @dataclass(frozen=True, slots=True)
 class WindowDefaults:
     """How an engine denoises images larger than it was trained for."""
@@ -470,3 +474,5 @@ class Engine:
     """What the server's safety check does. None: it does not say."""
     block_cache: bool = False
     """Whether it takes `block_cache`."""
+    conditioning: Conditioning | None = None
+    """What its UNet takes beside noise and prompts. None: the server does not say, or this version does not know it."""

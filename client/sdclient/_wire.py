@@ -34,6 +34,7 @@ from ._types import (
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,
+    Conditioning,
     Emphasis,
     Engine,
     EngineDefaults,
@@ -105,6 +106,7 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
 # Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "Blending": get_args(Blending),
+    "Conditioning": get_args(Conditioning),
     "Fit": get_args(Fit),
     "SafetyMode": get_args(SafetyMode),
     "SafetyOutcome": get_args(SafetyOutcome),

@@ -133,7 +133,7 @@ class TextEncoderModel(BackendModel):
 
 
 class UNetModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
@@ -152,7 +152,7 @@ class UNetModel(BackendModel):
 
 
 class UNetCacheModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
     last F channels are features; with those of another step as `features` [B, F, h, w], [B, 4, h, w].
 
     See `sdmodels.unet_cache.UNetCache`. A request has features in all of its rows, or in none.
@@ -192,7 +192,7 @@ class VaeDecoderModel(BackendModel):
 
 
 class VaeEncoderModel(BackendModel):
-    """`image` UINT8 [B, 8h, 8w, 3] -> `latents` FP32 [B, 4, h, w]."""
+    """`image` UINT8 [B, 8h, 8w, 3], or 4 with transparency -> `latents` FP32 [B, 4, h, w]."""
 
     inputs = ("image",)
     outputs = ("latents",)
@@ -239,7 +239,7 @@ class ClipGuidanceModel(BackendModel):
 
 
 class UNetGradientModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
     [B, 4, h, w] -> `latent_gradient` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states", "gradient")

@@ -54,6 +54,8 @@ class Canvas:
     """[H, W, 3]."""
     repaint: Floats | None
     """[H, W] how much of each pixel is repainted, 0 (kept exactly) to 1; None: nothing is kept, and nothing masked."""
+    hidden: NDArray[np.bool_] | None = None
+    """[H, W] the pixels of which half or more is repainted, without the soft border around them; None: all."""
 
     def padded(self, width: int, height: int) -> Pixels:
         """[height, width, 3] the pixels in the middle of a larger picture, their edges continued."""
@@ -68,6 +70,19 @@ class Canvas:
         cells = padded.reshape(height // downsampling, downsampling, width // downsampling, downsampling)
         most: Floats = cells.max(axis=(1, 3))
         return most
+
+    def masked(self, width: int, height: int, downsampling: int) -> tuple[Pixels, Floats]:
+        """[height, width, 4] the pixels of `padded`, transparent where they are hidden, and [h, w] 1 for the places of
+        the latents that are, 0 for others.
+
+        A place is what its first pixel is, because inpainting UNets were trained with masks that were made so.
+        """
+        hidden = np.ones((height, width), np.bool_)
+        if self.hidden is not None:
+            hidden = np.pad(self.hidden, _margins(self.hidden, width, height), "edge")
+        opacity = np.where(hidden, 0, 255).astype(np.uint8)
+        pixels = np.concatenate([self.padded(width, height), opacity[..., None]], axis=2)
+        return pixels, hidden[::downsampling, ::downsampling].astype(np.float32)
 
     def composite(self, pixels: Pixels) -> Pixels:
         """[H, W, 3] `pixels` where they are to be repainted, the initial image where it is kept, a blend between."""
@@ -99,7 +114,12 @@ def canvas(
     pixels = _filled(rgba[..., :3], rgba[..., 3] >= LEAST_OPACITY)
     if mask is None and not repaint.any():
         return Canvas(pixels, None)
-    return Canvas(pixels, feathered(repaint, feather))
+    return Canvas(pixels, feathered(repaint, feather), repaint >= 0.5)
+
+
+def blank(width: int, height: int) -> Canvas:
+    """A canvas of which nothing is kept."""
+    return Canvas(np.zeros((height, width, 3), np.uint8), None)
 
 
 def default_size(

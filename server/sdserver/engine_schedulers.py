@@ -45,7 +45,7 @@ class EngineSchedulers:
         self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(decoder_rows, engine))
         """Takes latents [C, h, w], gives pixels [H, W, 3]."""
         self.vae_encoder: StepScheduler | None = None
-        """Takes pixels [3, H, W], gives latents [C, h, w]."""
+        """Takes pixels [3 or 4, H, W], gives latents [C, h, w]."""
         self._clip_gradient: StepScheduler | None = None
         self._unet_gradient: StepScheduler | None = None
         if "vae_encoder" in engine.optional_roles:
@@ -98,7 +98,10 @@ class EngineSchedulers:
         """A cache for one pass of an image; None without block caching."""
         if request.block_cache_interval == 1 or self._with_features is None or self._from_features is None:
             return None
-        return BlockCache(request.block_cache_interval, self._with_features, self._from_features, request.tenant)
+        return BlockCache(
+            *(request.block_cache_interval, self._with_features, self._from_features),
+            *(request.tenant, self._engine.latents.channels),
+        )
 
 
 def cached_rows(engine: Engine, costs: CostModel | None, channels: int, places: int) -> int:

@@ -20,8 +20,8 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached}
-    stand for an engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {unet_channels}, {pixel_channels},
+    {states}, {features} and {cached} stand for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
     optional_inputs: tuple[tuple[str, str, str], ...] = ()
 
@@ -58,7 +58,7 @@ class Placement:
 
 _LATENTS = "{channels}, -1, -1"
 _UNET_INPUTS = (
-    ("latents", "FP32", _LATENTS),
+    ("latents", "FP32", "{unet_channels}, -1, -1"),
     ("timestep", "FP32", "1"),
     ("text_states", "FP32", "-1, {states}"),
 )
@@ -84,7 +84,7 @@ _ROLES = {
     "vae_encoder": _Role(
         "Pixels to latents.",
         "VaeEncoderModel",
-        (("image", "UINT8", "-1, -1, 3"),),
+        (("image", "UINT8", "-1, -1, {pixel_channels}"),),
         (("latents", "FP32", _LATENTS),),
     ),
     "clip_guidance": _Role(
@@ -132,6 +132,9 @@ def model_files(engine: Engine, features: int | None, placement: Placement | Non
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
     numbers = {
         "channels": engine.latents.channels,
+        "unet_channels": engine.unet_channels,
+        # Of an inpainting engine it takes those with transparency, too.
+        "pixel_channels": -1 if engine.conditioning == "inpainting" else 3,
         "states": engine.text_encoder.width,
         "features": features,
         "cached": None if engine.block_cache is None else engine.block_cache.channels,

@@ -154,6 +154,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family,
         "prediction_type": checkpoint.prediction_type,
         "noise_schedule": checkpoint.noise_schedule,
+        "conditioning": checkpoint.conditioning,
         "latents": {"channels": checkpoint.vae.config["latent_channels"], "downsampling": checkpoint.downsampling},
         "text_encoder": {
             "context_length": text["context_length"],

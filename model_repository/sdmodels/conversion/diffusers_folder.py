@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sdmodels.conversion.clip import Family
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CONFIGURATIONS = (
     "model_index.json",
@@ -42,7 +42,7 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
     configs = {name: read_config(folder / name) for name in CONFIGURATIONS}
     kind = configs["model_index.json"].get("_class_name")
     if kind not in PIPELINES:
-        raise ConversionError(f"{folder} is a {kind}; this service serves {PIPELINES[0]}s")
+        raise ConversionError(f"{folder} is a {kind}; this service serves {', '.join(PIPELINES)}")
     weights = {component: _weights_file(folder, component, dtype) for component in COMPONENTS}
     vae_tensors = read_tensors(weights["vae"])
     unet = Component(completed(UNet2DConditionModel, configs["unet/config.json"]), read_tensors(weights["unet"]))

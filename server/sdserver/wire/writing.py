@@ -15,6 +15,7 @@ from sdserver.request import Accepted, Finished, Image, Preview, Progress
 from sdserver.samplers import SAMPLERS, samplers_with
 from sdserver.wire.names import (
     BLENDING_NAMES,
+    CONDITIONING_NAMES,
     FIT_NAMES,
     SAFETY_MODE_NAMES,
     SAFETY_OUTCOME_NAMES,
@@ -211,6 +212,7 @@ def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> 
         churn_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
         safety_mode=SAFETY_MODE_NAMES.number(safety_mode or "off"),  # type: ignore[arg-type]
         block_cache=engine.block_cache is not None,
+        conditioning=CONDITIONING_NAMES.number(engine.conditioning),  # type: ignore[arg-type]
         clip_guidance=None
         if engine.clip_guidance is None
         else engine_pb2.ClipGuidanceSupport(
