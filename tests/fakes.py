@@ -46,6 +46,7 @@ class FakeBackend:
     """The timesteps of rows from features, and those of their features."""
     decoded: int = 0
     encoded: list[Pixels] = field(default_factory=list)
+    depths_estimated: int = 0
     clip_seeds: list[int] = field(default_factory=list)
     clip_targets: list[Floats] = field(default_factory=list)
     clip_error: Exception | None = None
@@ -148,6 +149,12 @@ class FakeBackend:
         colours = ((cells - 128) / 127).transpose(0, 3, 1, 2)
         rest = np.zeros((count, engine.latents.channels - 3, *colours.shape[2:]))
         return np.asarray(np.concatenate([colours, rest], axis=1), np.float32)
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """What is red is near."""
+        self._fail()
+        self.depths_estimated += len(pixels)
+        return pixels[..., 0].astype(np.float32)
 
     async def classify(self, pictures: Pixels) -> Floats:
         self._fail()

@@ -40,15 +40,8 @@ def scheduler(model: Model, sampler: Sampler) -> Any:
 
 def pipeline(kind: Any, model: Model, sampler: Sampler, **further: Any) -> Any:
     """A pipeline of diffusers over the model's own modules."""
-    made = kind(
-        vae=model.vae,
-        unet=model.unet,
-        text_encoder=None,
-        tokenizer=None,
-        scheduler=scheduler(model, sampler),
-        feature_extractor=None,
-        **further,
-    )
+    modules = {"vae": model.vae, "unet": model.unet, "scheduler": scheduler(model, sampler), "feature_extractor": None}
+    made = kind(**{"text_encoder": None, "tokenizer": None, **modules, **further})
     made.set_progress_bar_config(disable=True)
     return made
 

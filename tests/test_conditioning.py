@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
-from calls import a_request, events_of, image_of
+import torch
+from calls import a_request, events_of, failure_of, image_of, images_of, violations_of
 from PIL import Image
 from sdapi.v1 import engine_pb2, generation_pb2
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
+from sdserver import wire
+from sdserver.depth import depth_channel
 from sdserver.engines import Engine
+from sdserver.errors import NotSupported
 from sdserver.server import Server
 
 if TYPE_CHECKING:
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
     from sdapi.v1.generation_pb2_grpc import GenerationServiceAsyncStub
     from sdserver.engines import Catalog
     from sdserver.settings import ServeSettings
+
+# What an engine has to be without once it lacks the roles for it.
+BARE: dict[str, Any] = {"block_cache": None, "clip_guidance": None}
 
 rng = np.random.default_rng(11)
 PICTURE = Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
@@ -162,3 +170,139 @@ def test_an_inpainting_engine_needs_an_encoder(catalog: Catalog) -> None:
     descriptor = catalog.default.model_dump() | {"conditioning": "inpainting", "optional_roles": ("clip_guidance",)}
     with pytest.raises(ValueError, match="vae_encoder"):
         Engine.model_validate(descriptor | {"block_cache": None})
+
+
+# Depth
+
+
+depth = pytest.mark.parametrize("engine", [{"conditioning": "depth"}], indirect=True)
+estimating = pytest.mark.parametrize(
+    "engine", [{"conditioning": "depth", "optional_roles": ["vae_encoder", "depth_estimator"], **BARE}], indirect=True
+)
+DEPTHS = Image.fromarray(rng.integers(0, 65536, (64, 96), dtype=np.uint16))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (384, 384), (8, 12), (5, 7), (100, 3)])
+def test_depths_are_resampled_and_normalised_as_in_diffusers(size: tuple[int, int]) -> None:
+    depths = rng.standard_normal(size).astype(np.float32)
+    wanted = torch.nn.functional.interpolate(
+        torch.from_numpy(depths)[None, None], size=(8, 12), mode="bicubic", align_corners=False
+    )[0, 0]
+    expected = 2 * (wanted - wanted.min()) / (wanted.max() - wanted.min()) - 1
+    np.testing.assert_allclose(depth_channel(depths, 8, 12), expected.numpy(), atol=1e-5)
+
+
+def test_depths_without_differences_say_nothing() -> None:
+    assert not depth_channel(np.full((64, 64), 7, np.float32), 8, 8).any()
+
+
+@depth
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"init_image": {"data": png(PICTURE)}, "mask": {"data": a_mask((0, 0, 40, 64))}}],
+    ids=["text to image", "inpainting"],
+)
+async def test_a_depth_unet_sees_all_bits_of_the_map_in_every_step(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend, fields: dict[str, Any]
+) -> None:
+    await events_of(stub, a_request(width=96, height=64, depth_map={"data": png(DEPTHS)}, **fields))
+    expected = depth_channel(np.asarray(DEPTHS, np.float32), 8, 12)
+    assert len(backend.conditionings) == 8
+    for channels in backend.conditionings:
+        np.testing.assert_allclose(channels, expected[None], atol=1e-5)
+    assert backend.depths_estimated == 0
+
+
+@depth
+async def test_both_passes_see_the_map_at_their_size(stub: GenerationServiceAsyncStub, backend: FakeBackend) -> None:
+    request = a_request(width=128, height=64, depth_map={"data": png(DEPTHS), "fit": "FIT_STRETCH"}, two_pass={})
+    request.two_pass.width = 64
+    await events_of(stub, request)
+    assert {channels.shape for channels in backend.conditionings} == {(1, 4, 8), (1, 8, 16)}
+    assert all((channels.min(), channels.max()) == (-1, 1) for channels in backend.conditionings)
+
+
+@depth
+@pytest.mark.parametrize(("fit", "columns"), [("COVER", (0, 8)), ("CONTAIN", (2, 6)), ("STRETCH", (0, 8))])
+async def test_a_map_is_fitted_as_images_are_and_gaps_are_far(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend, fit: str, columns: tuple[int, int]
+) -> None:
+    near = Image.new("L", (64, 128), 255)
+    near.paste(250, (32, 0, 64, 128))
+    await events_of(stub, a_request(depth_map={"data": png(near), "fit": f"FIT_{fit}"}))
+    [row, *_] = backend.conditionings[0][0]
+    first, last = columns
+    if fit == "CONTAIN":
+        assert row[:first].max() < -0.8
+        assert row[first + 1 : last - 1].min() > 0.8
+    else:
+        assert (row[first], row[last - 1]) == (1, -1)
+
+
+@estimating
+async def test_without_a_map_the_depth_of_the_image_is_estimated_once(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    init = {"data": png(PICTURE)}
+    events = await events_of(stub, a_request(width=96, height=64, init_image=init, image_count=2))
+    assert backend.depths_estimated == 1
+    expected = depth_channel(np.asarray(PICTURE)[..., 0].astype(np.float32), 8, 12)
+    np.testing.assert_allclose(backend.conditionings[0], expected[None], atol=1e-5)
+    # The resolved request says what was sent, not what was estimated.
+    assert not events[0].accepted.request.HasField("depth_map")
+    await events_of(stub, a_request(width=96, height=64, init_image=init, depth_map={"data": png(DEPTHS)}))
+    assert backend.depths_estimated == 1
+
+
+@estimating
+async def test_without_a_map_and_without_an_image_the_engine_says_what_it_needs(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    error = await failure_of(stub, a_request(two_pass={}))
+    assert violations_of(error).keys() == {"depth_map"}
+    assert "init_image" in violations_of(error)["depth_map"]
+    assert backend.calls == 0
+
+
+@depth
+async def test_bad_maps_are_refused_by_name(stub: GenerationServiceAsyncStub) -> None:
+    for fields, violated in (
+        ({}, "depth_map"),
+        ({"init_image": {"data": png(PICTURE)}}, "depth_map"),
+        ({"depth_map": {}}, "depth_map.data"),
+        ({"depth_map": {"data": b"no picture"}}, "depth_map.data"),
+        ({"depth_map": {"data": png(DEPTHS), "sha256": "0" * 64}}, "depth_map.sha256"),
+        ({"depth_map": {"data": png(DEPTHS), "fit": 99}}, "depth_map.fit"),
+    ):
+        error = await failure_of(stub, a_request(**fields))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violations_of(error).keys() == {violated}
+
+
+@depth
+async def test_the_resolved_request_with_the_map_gives_the_same_image(stub: GenerationServiceAsyncStub) -> None:
+    data = png(DEPTHS)
+    events = await events_of(stub, a_request(depth_map={"data": data}))
+    resolved = events[0].accepted.request
+    assert (resolved.depth_map.data, resolved.depth_map.fit) == (b"", generation_pb2.FIT_COVER)
+    assert resolved.depth_map.sha256 == hashlib.sha256(data).hexdigest()
+    resolved.depth_map.data = data
+    assert images_of(await events_of(stub, resolved)) == images_of(events)
+
+
+@estimating
+async def test_engines_say_whether_they_estimate_depths(stub: GenerationServiceAsyncStub) -> None:
+    [engine] = (await stub.ListEngines(generation_pb2.ListEnginesRequest())).engines
+    assert (engine.conditioning, engine.estimates_depth) == (engine_pb2.CONDITIONING_DEPTH, True)
+
+
+def test_other_engines_take_no_depth_maps(catalog: Catalog) -> None:
+    with pytest.raises(NotSupported) as caught:
+        wire.to_request(a_request(depth_map={"data": png(DEPTHS)}), "id", catalog)
+    assert caught.value.metadata["field"] == "depth_map"
+
+
+def test_a_depth_estimator_is_for_depth_engines(catalog: Catalog) -> None:
+    descriptor = catalog.default.model_dump() | BARE | {"optional_roles": ("vae_encoder", "depth_estimator")}
+    with pytest.raises(ValueError, match="depth_estimator"):
+        Engine.model_validate(descriptor)

@@ -35,6 +35,7 @@ from ._types import (
     ClipGuidancePreset,
     ClipGuidanceSupport,
     Conditioning,
+    DepthMap,
     Emphasis,
     Engine,
     EngineDefaults,
@@ -119,7 +120,7 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

@@ -205,6 +205,19 @@ class VaeEncoderModel(BackendModel):
         return lambda image: (encode(image),)
 
 
+class DepthEstimatorModel(BackendModel):
+    """`image` UINT8 [B, H, W, 3] -> `depth` FP32 [B, h, w], at the estimator's own resolution."""
+
+    inputs = ("image",)
+    outputs = ("depth",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.depth import DepthEstimator
+
+        estimate = DepthEstimator(engine_folder, device)
+        return lambda image: (estimate(image),)
+
+
 class SafetyClassifierModel(BackendModel):
     """`image` UINT8 [B, S, S, 3] -> `score` FP32 [B, K], 0 to 1; S and K as the safety model's `safety.json` says."""
 

@@ -122,6 +122,21 @@ def blank(width: int, height: int) -> Canvas:
     return Canvas(np.zeros((height, width, 3), np.uint8), None)
 
 
+def fitted_map(picture: Image.Image, width: int, height: int, fit: Fit) -> Floats:
+    """[height, width] the values of a picture of mode F; where a contained one leaves gaps, they are 0."""
+    return np.asarray(_fitted(picture, width, height, fit, 0), np.float32)
+
+
+def resized_map(values: Floats, width: int, height: int) -> Floats:
+    """[height, width] a map at another size."""
+    return np.asarray(_resized(Image.fromarray(values), width, height, (0.0, 0.0, *values.shape[::-1])), np.float32)
+
+
+def padded_map(values: Floats, width: int, height: int) -> Floats:
+    """[height, width] a map in the middle of a larger one, its edges continued."""
+    return np.pad(values, _margins(values, width, height), "edge")
+
+
 def default_size(
     picture_width: int, picture_height: int, outpaint: Outpaint, most: int, most_pixels: int
 ) -> tuple[int, int]:
@@ -187,13 +202,13 @@ def _fitted(picture: Image.Image, width: int, height: int, fit: Fit, background:
 
 
 def _resized(picture: Image.Image, width: int, height: int, box: tuple[float, float, float, float]) -> Image.Image:
-    """A part of the picture at another size, as RGBA or L; its pixels as they are where that is the part's own."""
+    """A part of the picture at another size, as RGBA, L or F; its pixels as they are where that is the part's own."""
     left, top, right, bottom = box
     if (right - left, bottom - top) == (width, height) and left == int(left) and top == int(top):
         part = picture.crop((int(left), int(top), int(left) + width, int(top) + height))
-        return part if part.mode == "L" else part.convert("RGBA")
+        return part if part.mode in ("L", "F") else part.convert("RGBA")
     # Lanczos overshoots beside an edge: a mask would wave there, and a cut-out picture would have a halo.
-    if picture.mode == "L":
+    if picture.mode in ("L", "F"):
         return picture.resize((width, height), Image.Resampling.BILINEAR, box)
     if picture.mode == "RGBA":
         # Colours times opacity, so that the unseen colours of transparent pixels do not bleed.

@@ -24,7 +24,7 @@ MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
 # For the descriptions of engines, by what their UNets take.
-PURPOSES = {"none": "", "inpainting": " for inpainting"}
+PURPOSES = {"none": "", "inpainting": " for inpainting", "depth": " that follows a depth map"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,11 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         # UNets repeat themselves in images that are much larger than those of their training; decoders need memory.
         "windows": {"size": size, "overlap": size // 2},
         "decode_tile": {"size": size, "overlap": size // 4},
-        "optional_roles": ["vae_encoder", *(["clip_guidance"] if tower else [])],
+        "optional_roles": [
+            "vae_encoder",
+            *(["depth_estimator"] if facts["estimates_depth"] else []),
+            *(["clip_guidance"] if tower else []),
+        ],
         "weights": dict(sorted(facts["files"].items())),
         "license": license_.model_dump(),
         "source": source,

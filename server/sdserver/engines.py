@@ -20,10 +20,10 @@ DESCRIPTOR = "engine.json"
 SCHEDULES = ("native", "karras", "exponential")
 # The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache")
+OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache", "depth_estimator")
 
 Positive = Annotated[int, Field(gt=0)]
-Conditioning = Literal["none", "inpainting"]
+Conditioning = Literal["none", "inpainting", "depth"]
 
 
 class _Data(BaseModel):
@@ -210,6 +210,8 @@ class Engine(_Data):
             raise ValueError("two presets of clip_guidance have the same name")
         if (self.block_cache is None) == ("unet_cache" in self.optional_roles):
             raise ValueError("an engine has block_cache and the optional role unet_cache, or neither")
+        if "depth_estimator" in self.optional_roles and self.conditioning != "depth":
+            raise ValueError("the optional role depth_estimator is for engines whose conditioning is depth")
         if self.conditioning == "inpainting" and "vae_encoder" not in self.optional_roles:
             raise ValueError("an inpainting engine needs the optional role vae_encoder, for what it is to keep")
         if self.limits.size_multiple % self.latents.downsampling:
@@ -234,7 +236,9 @@ class Engine(_Data):
     @property
     def unet_channels(self) -> int:
         """Channels that the UNet takes: the noisy latents, then those of the conditioning."""
-        return self.latents.channels + {"none": 0, "inpainting": 1 + self.latents.channels}[self.conditioning]
+        return (
+            self.latents.channels + {"none": 0, "inpainting": 1 + self.latents.channels, "depth": 1}[self.conditioning]
+        )
 
     @property
     def roles(self) -> tuple[str, ...]:

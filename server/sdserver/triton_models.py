@@ -87,6 +87,12 @@ _ROLES = {
         (("image", "UINT8", "-1, -1, {pixel_channels}"),),
         (("latents", "FP32", _LATENTS),),
     ),
+    "depth_estimator": _Role(
+        "How near everything in a picture is.",
+        "DepthEstimatorModel",
+        (("image", "UINT8", "-1, -1, 3"),),
+        (("depth", "FP32", "-1, -1"),),
+    ),
     "clip_guidance": _Role(
         "How to change latents so that CLIP sees more of a text in them.",
         "ClipGuidanceModel",

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sdmodels.conversion.tensors import Tensors
 
 # What a UNet of 4 latent channels takes as further ones, by their number; and what no server of ours would give it.
-CONDITIONINGS = {0: "none", 5: "inpainting"}
-OTHER_INPUTS = {1: "a depth map", 3: "a small image to enlarge", 4: "an image to edit"}
+CONDITIONINGS = {0: "none", 1: "depth", 5: "inpainting"}
+OTHER_INPUTS = {3: "a small image to enlarge", 4: "an image to edit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,15 @@ class Component:
     """A module's configuration and its tensors under diffusers' names."""
 
     config: dict[str, Any]
+    tensors: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class DepthEstimator:
+    """A depth checkpoint's DPT: configurations of the module and of what it is shown, and its tensors."""
+
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
     tensors: Tensors
 
 
@@ -48,6 +57,7 @@ class Checkpoint:
     """The licence that its model card names, as the hub calls it, or nothing."""
     source_files: tuple[Path, ...]
     """The files that it was read from."""
+    depth_estimator: DepthEstimator | None = None
     ignored: tuple[str, ...] = ()
     """What the source has beside them and an engine has no use for."""
 

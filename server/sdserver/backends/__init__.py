@@ -76,6 +76,13 @@ class Backend(Protocol):
         """
         ...
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """[B, h, w] how near everything is, of no scale, at the model's resolution, in pixels [B, H, W, 3].
+
+        Only where the engine has `depth_estimator`.
+        """
+        ...
+
     async def classify(self, pictures: Pixels) -> Floats:
         """[B, K] scores of the safety model for pictures [B, S, S, 3]; only where there is one."""
         ...

@@ -118,6 +118,10 @@ class TritonBackend:
         shape = rows, engine.latents.channels, height // scale, width // scale
         return await self._mapped(engine.model("vae_encoder"), {"image": pixels}, "latents", shape, np.float32)
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        (depths,) = await self._infer(engine.model("depth_estimator"), {"image": pixels}, ("depth",))
+        return depths
+
     async def classify(self, pictures: Pixels) -> Floats:
         (model,) = self._safety_models
         (scores,) = await self._infer(model, {"image": pictures}, ("score",))
