@@ -186,7 +186,7 @@ async def engine_alone(settings: ServeSettings, rows: int, seconds: float) -> tu
     backend = TritonBackend(settings.triton_url)
     scale = engine.latents.downsampling
     generator = np.random.default_rng(0)
-    shape = rows, engine.latents.channels, engine.native_height // scale, engine.native_width // scale
+    shape = rows, engine.unet_channels, engine.native_height // scale, engine.native_width // scale
     latents = generator.standard_normal(shape, np.float32)
     states = generator.standard_normal(
         (rows, engine.text_encoder.context_length, engine.text_encoder.width), np.float32

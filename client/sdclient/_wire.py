@@ -34,6 +34,8 @@ from ._types import (
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,
+    Conditioning,
+    DepthMap,
     Emphasis,
     Engine,
     EngineDefaults,
@@ -105,6 +107,7 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
 # Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "Blending": get_args(Blending),
+    "Conditioning": get_args(Conditioning),
     "Fit": get_args(Fit),
     "SafetyMode": get_args(SafetyMode),
     "SafetyOutcome": get_args(SafetyOutcome),
@@ -117,7 +120,7 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

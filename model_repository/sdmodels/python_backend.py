@@ -143,7 +143,7 @@ class TextEncoderModel(BackendModel):
 
 
 class UNetModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
@@ -162,7 +162,7 @@ class UNetModel(BackendModel):
 
 
 class UNetCacheModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
     last F channels are features; with those of another step as `features` [B, F, h, w], [B, 4, h, w].
 
     See `sdmodels.unet_cache.UNetCache`. A request has features in all of its rows, or in none.
@@ -203,7 +203,7 @@ class VaeDecoderModel(BackendModel):
 
 
 class VaeEncoderModel(BackendModel):
-    """`image` UINT8 [B, 8h, 8w, 3] -> `latents` FP32 [B, 4, h, w]."""
+    """`image` UINT8 [B, 8h, 8w, 3], or 4 with transparency -> `latents` FP32 [B, 4, h, w]."""
 
     inputs = ("image",)
     outputs = ("latents",)
@@ -214,6 +214,19 @@ class VaeEncoderModel(BackendModel):
 
         encode = VaeEncoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
         return lambda image: (encode(image),)
+
+
+class DepthEstimatorModel(BackendModel):
+    """`image` UINT8 [B, H, W, 3] -> `depth` FP32 [B, h, w], at the estimator's own resolution."""
+
+    inputs = ("image",)
+    outputs = ("depth",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.depth import DepthEstimator
+
+        estimate = DepthEstimator(engine_folder, device)
+        return lambda image: (estimate(image),)
 
 
 class SafetyClassifierModel(BackendModel):
@@ -250,7 +263,7 @@ class ClipGuidanceModel(BackendModel):
 
 
 class UNetGradientModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
     [B, 4, h, w] -> `latent_gradient` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states", "gradient")

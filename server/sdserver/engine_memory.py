@@ -36,6 +36,7 @@ _READ: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "unet_gradient": (_UNET,),
     "vae_decoder": (_VAE_DECODER,),
     "vae_encoder": (("vae/", ("decoder.", "post_quant_conv."), ()),),
+    "depth_estimator": (("depth_estimator/", (), ()),),
     "clip_guidance": (("clip/", (), ("visual.",)), _VAE_DECODER),
 }
 

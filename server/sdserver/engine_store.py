@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
+# For the descriptions of engines, by what their UNets take.
+PURPOSES = {"none": "", "inpainting": " for inpainting", "depth": " that follows a depth map"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +159,15 @@ def engine_id_of(source: str) -> str:
 def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
+    purpose = PURPOSES[facts["conditioning"]]
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
     # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
     spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
-        "description": f"Stable Diffusion {facts['family']}.x at {size} x {size} pixels, from {source['name']}.",
+        "description": f"Stable Diffusion {facts['family']}.x{purpose} at {size} x {size} pixels, from "
+        f"{source['name']}.",
         "prediction_type": facts["prediction_type"],
         "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
@@ -176,11 +180,18 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         # UNets repeat themselves in images that are much larger than those of their training; decoders need memory.
         "windows": {"size": size, "overlap": size // 2},
         "decode_tile": {"size": size, "overlap": size // 4},
-        "optional_roles": ["vae_encoder", *(["clip_guidance"] if tower else [])],
+        "optional_roles": [
+            "vae_encoder",
+            *(["depth_estimator"] if facts["estimates_depth"] else []),
+            *(["clip_guidance"] if tower else []),
+        ],
         "weights": dict(sorted(facts["files"].items())),
         "license": license_.model_dump(),
         "source": source,
     }
+    if facts["conditioning"] != "none":
+        # Left out of all others, so that what was made before has the same descriptor, and digest, as ever.
+        descriptor["conditioning"] = facts["conditioning"]
     if tower:
         image_size = tower["image_size"]
         descriptor["clip_guidance"] = {

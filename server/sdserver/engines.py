@@ -20,9 +20,10 @@ DESCRIPTOR = "engine.json"
 SCHEDULES = ("native", "karras", "exponential")
 # The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache")
+OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache", "depth_estimator")
 
 Positive = Annotated[int, Field(gt=0)]
+Conditioning = Literal["none", "inpainting", "depth"]
 
 
 class _Data(BaseModel):
@@ -161,6 +162,8 @@ class Engine(_Data):
     prediction_type: Literal["epsilon", "v_prediction"]
     noise_schedule: NoiseSchedule
     latents: Latents
+    # What the UNet takes beside the noisy latents, as channels after theirs: see `conditioning`.
+    conditioning: Conditioning = "none"
     text_encoder: TextEncoder
     native_width: Positive
     native_height: Positive
@@ -207,6 +210,10 @@ class Engine(_Data):
             raise ValueError("two presets of clip_guidance have the same name")
         if (self.block_cache is None) == ("unet_cache" in self.optional_roles):
             raise ValueError("an engine has block_cache and the optional role unet_cache, or neither")
+        if "depth_estimator" in self.optional_roles and self.conditioning != "depth":
+            raise ValueError("the optional role depth_estimator is for engines whose conditioning is depth")
+        if self.conditioning == "inpainting" and "vae_encoder" not in self.optional_roles:
+            raise ValueError("an inpainting engine needs the optional role vae_encoder, for what it is to keep")
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
         if self.windows and self.windows.size % self.limits.size_multiple:
@@ -225,6 +232,13 @@ class Engine(_Data):
     def model(self, role: str) -> str:
         """Name of the engine's Triton model for a role, such as `tiny-landscape.unet`."""
         return f"{self.id}.{role}"
+
+    @property
+    def unet_channels(self) -> int:
+        """Channels that the UNet takes: the noisy latents, then those of the conditioning."""
+        return (
+            self.latents.channels + {"none": 0, "inpainting": 1 + self.latents.channels, "depth": 1}[self.conditioning]
+        )
 
     @property
     def roles(self) -> tuple[str, ...]:

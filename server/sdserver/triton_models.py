@@ -24,8 +24,8 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached}
-    stand for an engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {unet_channels}, {pixel_channels},
+    {states}, {features} and {cached} stand for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
     optional_inputs: tuple[tuple[str, str, str], ...] = ()
 
@@ -66,7 +66,7 @@ class Placement:
 
 _LATENTS = "{channels}, -1, -1"
 _UNET_INPUTS = (
-    ("latents", "FP32", _LATENTS),
+    ("latents", "FP32", "{unet_channels}, -1, -1"),
     ("timestep", "FP32", "1"),
     ("text_states", "FP32", "-1, {states}"),
 )
@@ -92,8 +92,14 @@ _ROLES = {
     "vae_encoder": _Role(
         "Pixels to latents.",
         "VaeEncoderModel",
-        (("image", "UINT8", "-1, -1, 3"),),
+        (("image", "UINT8", "-1, -1, {pixel_channels}"),),
         (("latents", "FP32", _LATENTS),),
+    ),
+    "depth_estimator": _Role(
+        "How near everything in a picture is.",
+        "DepthEstimatorModel",
+        (("image", "UINT8", "-1, -1, 3"),),
+        (("depth", "FP32", "-1, -1"),),
     ),
     "clip_guidance": _Role(
         "How to change latents so that CLIP sees more of a text in them.",
@@ -149,6 +155,9 @@ def parameters(model_repository: Path, model: str) -> dict[str, str]:
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
     numbers = {
         "channels": engine.latents.channels,
+        "unet_channels": engine.unet_channels,
+        # Of an inpainting engine it takes those with transparency, too.
+        "pixel_channels": -1 if engine.conditioning == "inpainting" else 3,
         "states": engine.text_encoder.width,
         "features": features,
         "cached": None if engine.block_cache is None else engine.block_cache.channels,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdmodels.clip_guidance import ClipGuidance
+    from sdmodels.depth import DepthEstimator
     from sdmodels.runtimes import Predict, PredictCached
     from sdmodels.safety import SafetyClassifier
     from sdmodels.text_encoder import TextEncoder
@@ -45,6 +46,7 @@ class _Models:
     clip_guidance: ClipGuidance | None
     unet_gradient: UNetGradient | None
     unet_cache: PredictCached | None
+    depth_estimator: DepthEstimator | None
 
 
 class InProcessBackend:
@@ -102,6 +104,11 @@ class InProcessBackend:
         assert vae_encoder is not None
         return await self._run(engine, "vae_encoder", vae_encoder, pixels)
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        depth_estimator = self._loaded(engine).depth_estimator
+        assert depth_estimator is not None
+        return await self._run(engine, "depth_estimator", depth_estimator, pixels)
+
     async def classify(self, pictures: Pixels) -> Floats:
         assert self._safety_model is not None
         if self._classifier is None:
@@ -153,6 +160,7 @@ class InProcessBackend:
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.clip_guidance import ClipGuidance
             from sdmodels.cores import physical_cores
+            from sdmodels.depth import DepthEstimator
             from sdmodels.precision import chosen, decoder_precision
             from sdmodels.runtimes import load_unet, load_unet_cache
             from sdmodels.text_encoder import TextEncoder
@@ -169,6 +177,7 @@ class InProcessBackend:
                 load_unet_cache(folder, physical_cores(), *self._options(engine, "unet_cache"))
                 if "unet_cache" in engine.optional_roles
                 else None,
+                DepthEstimator(folder) if "depth_estimator" in engine.optional_roles else None,
             )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)

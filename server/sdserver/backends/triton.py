@@ -82,14 +82,15 @@ class TritonBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
-        return await self._mapped(engine.model("unet"), inputs, "prediction", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet"), inputs, "prediction", shape, np.float32)
 
     async def predict_with_features(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
     ) -> Floats:
         assert engine.block_cache is not None
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
-        rows, channels, height, width = latents.shape
+        rows, channels, height, width = _like_latents(engine, latents)
         shape = rows, channels + engine.block_cache.channels, height, width
         return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
 
@@ -102,7 +103,8 @@ class TritonBackend:
             "text_states": text_states,
             "features": features,
         }
-        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         rows, _, height, width = latents.shape
@@ -115,6 +117,10 @@ class TritonBackend:
         scale = engine.latents.downsampling
         shape = rows, engine.latents.channels, height // scale, width // scale
         return await self._mapped(engine.model("vae_encoder"), {"image": pixels}, "latents", shape, np.float32)
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        (depths,) = await self._infer(engine.model("depth_estimator"), {"image": pixels}, ("depth",))
+        return depths
 
     async def classify(self, pictures: Pixels) -> Floats:
         (model,) = self._safety_models
@@ -141,7 +147,8 @@ class TritonBackend:
             "text_states": text_states,
             "gradient": gradients,
         }
-        return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", shape, np.float32)
 
     async def load(self, engine: Engine) -> None:
         await asyncio.gather(*(self._changed(self._client.load_model(model), model) for model in engine.models))
@@ -272,3 +279,9 @@ class TritonBackend:
             log.error("model could not be loaded again", model=model, error=str(error))
         finally:
             del self._reloads[model]
+
+
+def _like_latents(engine: Engine, unet_latents: Floats) -> tuple[int, int, int, int]:
+    """The shape of an output that has the channels of latents, for latents with those of the conditioning."""
+    rows, _, height, width = unet_latents.shape
+    return rows, engine.latents.channels, height, width

@@ -59,6 +59,8 @@ def to_request(
     for field in IMAGE_TO_IMAGE if "vae_encoder" not in engine.optional_roles else ():
         if message.HasField(field):
             raise NotSupported(f"engine {engine.id} takes no images; leave {field} out", field=field)
+    if message.HasField("depth_map") and engine.conditioning != "depth":
+        raise NotSupported(f"engine {engine.id} takes no depth maps; leave depth_map out", field="depth_map")
     request = _Reader(message, request_id, engine, block_list).read()
     if request.preview_every_steps is not None and engine.preview_map is None:
         raise NotSupported(f"engine {engine.id} has no previews; leave preview out", field="preview")
@@ -130,6 +132,7 @@ class _Reader:
             windows=read_windows(message, self._engine, self._violations),
             tile_x=message.tile_x,
             tile_y=message.tile_y,
+            depth_map=image_fields.depth_map(width, height),
             # The last: it fits pictures only if nothing is wrong so far.
             init_image=image_fields.init_image(width, height),
         )
