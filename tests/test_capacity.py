@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sdserver.backends import EncodedText, Floats, Pixels
     from sdserver.capacity.workload import Mix
     from sdserver.engines import Catalog, Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 UNET = CostModel(call=0.008, place=4e-5, square=1e-8)
 STAGES = StageCosts(encode=0.003, decode_place=3e-5, write_place=0.0)
@@ -58,10 +58,12 @@ class TimedBackend(FakeBackend):
         async with self.machine:
             await asyncio.sleep(seconds)
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         # The empty text is known after the first request.
         await self._takes(STAGES.encode if text else 0.0)
-        return await super().encode_text(engine, text, emphasis)
+        return await super().encode_text(engine, text, emphasis, loras)
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         rows, _, height, width = latents.shape

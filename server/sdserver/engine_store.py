@@ -92,7 +92,7 @@ class EngineStore:
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
-        engine = Engine.model_validate(descriptor)
+        engine = Engine.model_validate(descriptor | {"loras": before.loras if before else ()})
         tower = facts["image_tower"]
         texts = model_files(engine, tower["features"] if tower else None, placement)
         texts[f"engines/{engine_id}/{DESCRIPTOR}"] = json.dumps(descriptor, indent=2) + "\n"
@@ -118,7 +118,7 @@ class EngineStore:
         """What differs between an engine's files and its descriptor; `on_bytes` gets how much was read each time."""
         folder = self.folder(engine.id)
         found = []
-        for name, digest in engine.weights.items():
+        for name, digest in engine.files.items():
             if not (folder / name).is_file():
                 found.append(f"{name} is missing")
             elif _sha256(folder / name, on_bytes) != digest:
@@ -133,21 +133,25 @@ class EngineStore:
 
     def size(self, engine: Engine) -> int:
         """Bytes of the engine's files that are there."""
-        paths = (self.folder(engine.id) / name for name in engine.weights)
+        paths = (self.folder(engine.id) / name for name in engine.files)
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def _write(self, name: str, text: str) -> bool:
-        path = self._repository / name
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        return True
+        return write_text(self._repository / name, text)
+
+
+def write_text(path: Path, text: str) -> bool:
+    """Makes a file hold a text, at once; returns whether it has not before."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return True
 
 
 def engine_id_of(source: str) -> str:
