@@ -33,7 +33,7 @@ PIPELINES = {
     "depth": "StableDiffusionDepth2ImgPipeline",
 }
 # As that of SD 2.0 depth, but for the sizes.
-DEPTH_PREPROCESSOR = {
+DEPTH_PREPROCESSOR: dict[str, Any] = {
     "feature_extractor_type": "DPTFeatureExtractor",
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],

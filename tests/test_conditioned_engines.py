@@ -151,7 +151,7 @@ async def test_without_an_image_everything_is_repainted(client: AsyncClient, sto
     np.testing.assert_allclose(image, inpainted_by_diffusers(store, "euler", WHITE), atol=1.01)
 
 
-class DepthPipeline(StableDiffusionDepth2ImgPipeline):
+class DepthPipeline(StableDiffusionDepth2ImgPipeline):  # type: ignore[misc]
     """diffusers', with our noise: this one takes none from outside."""
 
     def prepare_latents(self, *_: Any, **__: Any) -> torch.Tensor:

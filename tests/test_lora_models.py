@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_a_rows_bytes_do_not_depend_on_its_company(engine: Path, loras: tuple[st
     one, two = loras
     choices: list[dict[str, float]] = [{}, {one: 0.7}, {one: 1.0, two: -2.0}, {two: 3.0}, {}, {one: -1.0}]
     unet = UNetLora(engine)
-    arrays = (*rows(len(choices), 8, 16, 77, 128), *used(*choices))
+    arrays: tuple[Any, ...] = (*rows(len(choices), 8, 16, 77, 128), *used(*choices))
     alone = np.concatenate([unet(*(array[i : i + 1] for array in arrays)) for i in range(len(choices))])
     assert alone[0].tobytes() == UNet(SHIPPED)(*(array[:1] for array in arrays[:3]))[0].tobytes()
     rng = np.random.default_rng(7)

@@ -82,7 +82,7 @@ def convert(options: Options, report: Report) -> dict[str, Any]:
             "plan": plan,
         },
     }
-    return facts | _written(checkpoint, clip and clip.path, options, plan, report)
+    return facts | _written(checkpoint, None if clip is None else clip.path, options, plan, report)
 
 
 def _located(options: Options, report: Report) -> Fetched:
