@@ -48,8 +48,8 @@ parity-full: .venv/.ready ## SD 2.1 at full size with random weights: our pictur
 memory: .venv/.ready ## What the models of SD 2.1 take of memory, loading and at work; 6 GB of it.
 	$(BIN)/python -m benchmarks.memory
 
-invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ.
-	INVARIANCE_CASES=420 $(BIN)/python -m pytest tests/test_batch_invariance.py
+invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ. Let 1,000 callers leave.
+	INVARIANCE_CASES=420 RANDOM_CANCELS=1000 $(BIN)/python -m pytest tests/test_batch_invariance.py tests/test_random_cancels.py
 
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up
