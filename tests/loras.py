@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from checkpoints import original_unet
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -64,8 +63,9 @@ class Lora:
                     weights[f"text_encoder.text_model.{name.removeprefix('text_model.')}"] = module.weight
         return {name: change(weight) for name, weight in weights.items()}
 
-    def save(self, path: Path, form: Form = "kohya", **header: str) -> Path:
-        """The file, with words in its header."""
+    def save(self, path: Path, form: Form = "kohya", header: dict[str, str] | None = None) -> Path:
+        """The file; tools write words into its `header`."""
+        header = dict(header or {})
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors(form).items()}
         if form == "peft":
             header["lora_adapter_metadata"] = json.dumps(self._adapter_metadata(), sort_keys=True)
@@ -77,12 +77,15 @@ class Lora:
 
     def _adapter_metadata(self) -> dict[str, Any]:
         """What diffusers' `save_lora_weights` puts into the header."""
+        # Only here: it brings in more than all other libraries of the tests.
+        from peft import LoraConfig
+
         said: dict[str, Any] = {}
         for part in ("unet", "text_encoder"):
             modules = [name.split(".", 1)[1] for name in self.changes if name.startswith(f"{part}.")]
-            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules).to_dict()
-            config["target_modules"] = sorted(modules)
-            said |= {f"{part}.{name}": value for name, value in config.items() if modules}
+            config = LoraConfig(r=self.rank, lora_alpha=int(self.alpha), target_modules=modules)
+            said_of_part = {**config.to_dict(), "target_modules": sorted(modules)}  # type: ignore[no-untyped-call]
+            said |= {f"{part}.{name}": value for name, value in said_of_part.items() if modules}
         return said
 
     def _tensors(self, form: Form) -> Tensors:
@@ -112,3 +115,26 @@ class Lora:
                 name = name if form == "peft" else f"base_model.model.{module}"
                 found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         return found
+
+
+TO_K = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+CONV = "down_blocks.0.resnets.0.conv1"
+
+
+def save_tiny(path: Path, seed: int, unet_weights: Tensors) -> Path:
+    """A LoRA for the shipped engine, in PEFT's form: two modules of its UNet, three matrices of its text encoder."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / 8
+
+    tensors = {}
+    for name in (TO_K, CONV):
+        out, inner, *kernel = unet_weights[f"{name}.weight"].shape
+        tensors[f"unet.{name}.lora_A.weight"] = random(4, inner, *kernel)
+        tensors[f"unet.{name}.lora_B.weight"] = random(out, 4, *([1] * len(kernel)))
+    for name, out in (("self_attn.k_proj", 128), ("self_attn.out_proj", 128), ("mlp.fc1", 512)):
+        tensors[f"text_encoder.text_model.encoder.layers.0.{name}.lora_A.weight"] = random(4, 128)
+        tensors[f"text_encoder.text_model.encoder.layers.0.{name}.lora_B.weight"] = random(out, 4)
+    save_file(tensors, path)
+    return path

@@ -114,7 +114,7 @@ def refusal(engine: Path, path: Path) -> ConversionError:
 
 
 def test_a_lora_of_another_engine_is_refused_module_by_module(repository: Path, tmp_path: Path) -> None:
-    path = Lora(MODELS["1.x"], 1, text=True).save(tmp_path / "x.safetensors", ss_base_model_version="sd_v1")
+    path = Lora(MODELS["1.x"], 1, text=True).save(tmp_path / "x.safetensors", header={"ss_base_model_version": "sd_v1"})
     refused = refusal(engine_of(repository, "2.x"), path)
     assert refused.message == "x.safetensors is no LoRA for this engine, and says that it was made for sd_v1"
     assert refused.problems[0] == (
@@ -208,7 +208,7 @@ def test_an_adapter_of_peft_without_its_configuration_is_refused(repository: Pat
 def test_what_the_file_says_of_itself_is_kept(
     repository: Path, tmp_path: Path, header: dict[str, Any], said: dict[str, Any]
 ) -> None:
-    path = Lora(MODELS["2.x"], 1).save(tmp_path / "x.safetensors", **header)
+    path = Lora(MODELS["2.x"], 1).save(tmp_path / "x.safetensors", header=header)
     facts = added(engine_of(repository, "2.x"), path)
     assert {name: facts[name] for name in said} == said
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from loras import CONV, TO_K, save_tiny
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sdmodels.conversion.lora import LoraOptions, add_lora
 from sdmodels.errors import InvalidInput
 from sdmodels.text_encoder import TextEncoder
@@ -24,28 +25,11 @@ if TYPE_CHECKING:
 Digests = NDArray[np.uint8]
 
 NONE = "00" * 32
-TO_K = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-CONV = "down_blocks.0.resnets.0.conv1"
 
 
 def save_lora(folder: Path, seed: int) -> str:
-    """A LoRA of two modules of the UNet and three matrices of the text encoder's first block; its digest."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) / 8
-
-    unet = UNet(SHIPPED).module
-    tensors = {}
-    for name in (TO_K, CONV):
-        out, inner, *kernel = unet.get_submodule(name).weight.shape
-        tensors[f"unet.{name}.lora_A.weight"] = random(4, inner, *kernel)
-        tensors[f"unet.{name}.lora_B.weight"] = random(out, 4, *([1] * len(kernel)))
-    for name, out in (("self_attn.k_proj", 128), ("self_attn.out_proj", 128), ("mlp.fc1", 512)):
-        tensors[f"text_encoder.text_model.encoder.layers.0.{name}.lora_A.weight"] = random(4, 128)
-        tensors[f"text_encoder.text_model.encoder.layers.0.{name}.lora_B.weight"] = random(out, 4)
-    path = folder / f"{seed}.safetensors"
-    save_file(tensors, path)
+    """Puts a LoRA into an engine's folder; its digest."""
+    path = save_tiny(folder / f"{seed}.safetensors", seed, UNet(SHIPPED).module.state_dict())
     digest: str = add_lora(LoraOptions(str(path), str(folder)))["sha256"]
     return digest
 
@@ -104,7 +88,7 @@ def test_a_rows_bytes_do_not_depend_on_its_company(engine: Path, loras: tuple[st
     one, two = loras
     choices: list[dict[str, float]] = [{}, {one: 0.7}, {one: 1.0, two: -2.0}, {two: 3.0}, {}, {one: -1.0}]
     unet = UNetLora(engine)
-    arrays: tuple[Any, ...] = (*rows(len(choices), 8, 16, 77, 128), *used(*choices))
+    arrays: tuple[NDArray[Any], ...] = (*rows(len(choices), 8, 16, 77, 128), *used(*choices))
     alone = np.concatenate([unet(*(array[i : i + 1] for array in arrays)) for i in range(len(choices))])
     assert alone[0].tobytes() == UNet(SHIPPED)(*(array[:1] for array in arrays[:3]))[0].tobytes()
     rng = np.random.default_rng(7)

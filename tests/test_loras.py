@@ -7,9 +7,8 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-import calls
 import pytest
-from calls import failure_of, violations_of
+from calls import a_request
 from PIL import Image as Pillow
 from sdapi.v1 import generation_pb2
 from sdclient import (
@@ -22,6 +21,8 @@ from sdclient import (
     read_metadata,
 )
 from sdclient.__main__ import main as sdclient
+from sdserver import wire
+from sdserver.errors import InvalidRequest
 from sdserver.server import Server
 from test_engine_watch import Repository
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fakes import FakeBackend
+    from sdserver.engines import Catalog
     from sdserver.settings import ServeSettings
 
 INK, DETAIL = "ab" * 32, "cd" * 32
@@ -160,10 +162,10 @@ async def test_what_cannot_be_is_refused_by_name(
     assert failure.value.violations == violations
 
 
-async def test_an_engine_without_loras_says_so(stub: Any) -> None:
-    lora = generation_pb2.Lora(name="ink")
-    failure = await failure_of(stub, calls.a_request(loras=[lora]))
-    assert violations_of(failure) == {"loras[0].name": "'ink' is not known; engine tiny-landscape has none"}
+def test_an_engine_without_loras_says_so(catalog: Catalog) -> None:
+    with pytest.raises(InvalidRequest) as failure:
+        wire.to_request(a_request(loras=[generation_pb2.Lora(name="ink")]), "r", catalog)
+    assert failure.value.violations == {"loras[0].name": "'ink' is not known; engine tiny-landscape has none"}
 
 
 async def test_caching_of_every_step_goes_with_loras(client: AsyncClient) -> None:
@@ -215,9 +217,13 @@ async def test_the_first_lora_is_listed_when_its_model_is_loaded_and_the_engine_
         [engine] = await client.engines()
         assert (engine.loras, engine.ready) == ((), True)
         assert await client.generate("a lake", steps=1)
+        # What comes and goes meanwhile counts, too.
+        describe(tmp_path, "detail", DETAIL)
+        await asyncio.sleep(0.1)
+        describe(tmp_path, "sketch", "ef" * 32).unlink()
         may_load.set()
-        await until(client, "ink")
-        assert backend.loaded == ["first"]
+        await until(client, "detail", "ink")
+        assert set(backend.loaded) == {"first"}
         assert await client.generate("a lake", steps=1, loras={"ink": 1.0})
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 FOLDER = "loras"
 UNET, TEXT_ENCODER = "unet.", "text_encoder."
-# Of tensors that a model holds beside those that a call is using: five LoRAs of rank 32 for SD 2.1's UNet in float32.
+# Of tensors that a model holds beside those that a call is using: three LoRAs of rank 32 for all of SD 2.1's UNet in
+# float32, and dozens for its attention.
 CACHE_BYTES = 512 * 2**20
 
 

@@ -55,6 +55,8 @@ class EngineWatch:
         self._backend = backend
         self._interval_seconds = interval_seconds
         self._seen = self._stamp()
+        self._found: tuple[Engine, ...] = ()
+        """Those that lie there, some of which may not be listed yet."""
         self._task: asyncio.Task[None] | None = None
         self._changes: dict[str, asyncio.Task[None]] = {}
 
@@ -103,6 +105,7 @@ class EngineWatch:
     def _apply(self, catalog: Catalog) -> None:
         before = {engine.id: engine for engine in self._catalog}
         after = {engine.id: engine for engine in catalog}
+        self._found = catalog.engines
         # Those that only need a model more go on as they are until it is there.
         growing = {
             engine_id
@@ -115,15 +118,15 @@ class EngineWatch:
         for engine_id in before.keys() | after.keys():
             old, new = before.get(engine_id), after.get(engine_id)
             former = self._changes.get(engine_id)
-            if old and new and engine_id in growing:
-                change = self._grow(old, new, former)
+            if new and engine_id in growing:
+                change = self._grow(new, former)
             elif old and new and _same_models(old, new):
                 continue
             else:
                 change = self._exchange(old, new, former)
             self._changes[engine_id] = asyncio.create_task(change, name=f"exchange engine {engine_id}")
 
-    async def _grow(self, old: Engine, new: Engine, former: asyncio.Task[None] | None) -> None:
+    async def _grow(self, new: Engine, former: asyncio.Task[None] | None) -> None:
         if former is not None:
             await asyncio.wait([former])
         await self._load(new)
@@ -131,7 +134,8 @@ class EngineWatch:
             log.error("the model of an engine's LoRAs could not be loaded, and it goes on without", engine=new.id)
             return
         # Unless it has changed again meanwhile.
-        self._catalog.engines = tuple(new if each is old else each for each in self._catalog)
+        if any(each is new for each in self._found):
+            self._catalog.engines = tuple(new if each.id == new.id else each for each in self._catalog)
 
     async def _exchange(self, old: Engine | None, new: Engine | None, former: asyncio.Task[None] | None) -> None:
         if former is not None:
