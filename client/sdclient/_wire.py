@@ -55,6 +55,8 @@ from ._types import (
     Schedule,
     Tls,
     TwoPass,
+    Upscale,
+    UpscalingSupport,
     Variation,
     WindowDefaults,
     Windows,
@@ -120,7 +122,7 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(Upscale, UpscalingSupport, DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

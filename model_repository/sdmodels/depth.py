@@ -21,7 +21,7 @@ FOLDER = "depth_estimator"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 # What transformers' DPTImageProcessor does where a configuration is silent.
-PREPROCESSING = {
+PREPROCESSING: dict[str, Any] = {
     "size": 384,
     "resample": 3,
     "image_mean": [0.485, 0.456, 0.406],

@@ -14,11 +14,12 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdmodels.batching import check_rows
+from sdmodels.class_labels import apart
 from sdmodels.errors import InvalidInput
 
 # OpenVINO tells its makers that it was imported, where it finds this package.
@@ -51,7 +52,8 @@ class OpenVinoUNet:
             converted = _converted(engine_folder, Path(elsewhere))
             # Reads the weights' file, which may then go.
             self._request = _compiled(converted / WHOLE, threads, precision, features=False)
-        self._sinusoid = _Sinusoid(engine_folder)
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
@@ -65,7 +67,8 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        result = self._request.infer([latents, self._sinusoid(timesteps), text_states])
+        rows, labels = _apart(latents, self._config)
+        result = self._request.infer([rows, self._sinusoid(timesteps), text_states, *labels])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
@@ -79,7 +82,8 @@ class OpenVinoUNetCache:
             converted = _converted(engine_folder, Path(elsewhere))
             self._whole = _compiled(converted / WHOLE, threads, precision)
             self._outermost = _compiled(converted / OUTERMOST, threads, precision)
-        self._sinusoid = _Sinusoid(engine_folder)
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self,
@@ -91,10 +95,11 @@ class OpenVinoUNetCache:
         """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
         check_rows(latents, timesteps, text_states, features)
         sinusoid = self._sinusoid(timesteps)
+        rows, labels = _apart(latents, self._config)
         if features is None:
-            result = self._whole.infer([latents, sinusoid, text_states])
+            result = self._whole.infer([rows, sinusoid, text_states, *labels])
             return np.concatenate([result[0], result[1]], axis=1)
-        result = self._outermost.infer([latents, sinusoid, text_states, features])
+        result = self._outermost.infer([rows, sinusoid, text_states, features, *labels])
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
 
@@ -102,8 +107,7 @@ class OpenVinoUNetCache:
 class _Sinusoid:
     """Timesteps [B] -> [B, C]. Not in the network, because bfloat16 has no digits for timesteps of several hundred."""
 
-    def __init__(self, engine_folder: Path) -> None:
-        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    def __init__(self, config: dict[str, Any]) -> None:
         self._frequencies = _frequencies(config)
         self._flip: bool = config.get("flip_sin_to_cos", True)
 
@@ -111,6 +115,17 @@ class _Sinusoid:
         angles = timesteps[:, None].astype(np.float32) * self._frequencies
         halves = (np.cos(angles), np.sin(angles)) if self._flip else (np.sin(angles), np.cos(angles))
         return np.concatenate(halves, axis=1)
+
+
+def _configuration(engine_folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _apart(latents: NDArray[np.float32], config: dict[str, Any]) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
+    """The UNet's own channels, and the class labels as one more input, if it takes any."""
+    rows, labels = apart(latents, config)
+    return np.ascontiguousarray(rows), [] if labels is None else [labels.astype(np.int64)]
 
 
 def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
@@ -184,14 +199,15 @@ def _convert(engine_folder: Path, target: Path) -> None:
     examples = torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)
     shapes = {0: [-1, config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]}
     features = torch.zeros(2, deeper, 16, 16)
+    labels = (torch.zeros(2, dtype=torch.long),) if config.num_class_embeds else ()
     for name, network, inputs, dimensions in (
-        (OUTERMOST, FromFeatures(unet), (*examples, features), {**shapes, 3: [-1, deeper, -1, -1]}),
-        (WHOLE, WithFeatures(unet), examples, shapes),
+        (OUTERMOST, FromFeatures(unet), (*examples, features, *labels), {**shapes, 3: [-1, deeper, -1, -1]}),
+        (WHOLE, WithFeatures(unet), (*examples, *labels), shapes),
     ):
         with warnings.catch_warnings():
             # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
             warnings.simplefilter("ignore")
             model = openvino.convert_model(network, example_input=inputs)
-        model.reshape(dimensions)
+        model.reshape(dimensions | ({len(inputs) - 1: [-1]} if labels else {}))
         # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
         openvino.save_model(model, target / name, compress_to_fp16=False)
