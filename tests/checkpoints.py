@@ -26,11 +26,12 @@ Tensors = dict[str, torch.Tensor]
 VOCABULARY = 49408
 TEXT_WIDTH = 64
 TEXT_BLOCKS = 4
-FURTHER_CHANNELS = {"none": 0, "inpainting": 5, "depth": 1}
+FURTHER_CHANNELS = {"none": 0, "inpainting": 5, "depth": 1, "upscaling": 3}
 PIPELINES = {
     "none": "StableDiffusionPipeline",
     "inpainting": "StableDiffusionInpaintPipeline",
     "depth": "StableDiffusionDepth2ImgPipeline",
+    "upscaling": "StableDiffusionUpscalePipeline",
 }
 # As that of SD 2.0 depth, but for the sizes.
 DEPTH_PREPROCESSOR: dict[str, Any] = {
@@ -59,11 +60,32 @@ class Model:
 
     family: Literal["1", "2"]
     prediction_type: str
-    conditioning: Literal["none", "inpainting", "depth"] = "none"
+    conditioning: Literal["none", "inpainting", "depth", "upscaling"] = "none"
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """diffusers' configuration of the noise that it was trained with."""
+        betas = {"beta_start": 0.0001, "beta_end": 0.02} if self.conditioning == "upscaling" else {}
+        return {**SCHEDULER, **betas, "prediction_type": self.prediction_type}
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
         two = self.family == "2"
+        if self.conditioning == "upscaling":
+            torch.manual_seed(1)
+            # As that of the x4 upscaler: its last level, which is as wide as the text states, attends to itself, too.
+            return UNet2DConditionModel(
+                sample_size=128,
+                in_channels=7,
+                block_out_channels=(32, 32, 32, TEXT_WIDTH),
+                down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+                up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+                only_cross_attention=[True, True, True, False],
+                attention_head_dim=8,
+                cross_attention_dim=TEXT_WIDTH,
+                use_linear_projection=True,
+                num_class_embeds=1000,
+            ).eval()
         channels = (64, 64, 128, 128) if two else (32, 32, 64, 64)
         torch.manual_seed(1)
         return UNet2DConditionModel(
@@ -79,12 +101,14 @@ class Model:
     @cached_property
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(2)
+        channels = (32, 32, 64) if self.conditioning == "upscaling" else (32, 32, 64, 64)
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 32, 64, 64),
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=channels,
             layers_per_block=2,
             sample_size=768 if self.prediction_type == "v_prediction" else 512,
+            scaling_factor=0.08333 if self.conditioning == "upscaling" else 0.18215,
         ).eval()
         with torch.no_grad():
             # A posterior without spread: diffusers' pipelines take a sample of it, and the service its mean.
@@ -199,7 +223,12 @@ class Model:
             self.depth_estimator.save_pretrained(folder / "depth_estimator", **options)
             _write(folder / "feature_extractor/preprocessor_config.json", DEPTH_PREPROCESSOR)
         _write(folder / "model_index.json", {"_class_name": PIPELINES[self.conditioning]})
-        _write(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": self.prediction_type})
+        _write(folder / "scheduler/scheduler_config.json", self.scheduler)
+        if self.conditioning == "upscaling":
+            _write(
+                folder / "low_res_scheduler/scheduler_config.json",
+                {**self.scheduler, "_class_name": "DDPMScheduler", "prediction_type": "epsilon"},
+            )
         (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# A model card\n")
         return folder
 
@@ -255,6 +284,7 @@ def _as_transformers(clip: Tensors, like: Tensors) -> Tensors:
 
 
 _TOP = {
+    "class_embedding": "label_emb",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
@@ -289,8 +319,8 @@ def original_unet(tensors: Tensors, layers: int) -> Tensors:
         if kind == "downsamplers":
             return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
         if kind == "upsamplers":
-            # The first level above the middle has no attention.
-            return f"output_blocks.{block * (layers + 1) + layers}.{1 if block == 0 else 2}.{rest}"
+            attends = f"up_blocks.{block}.attentions.0.norm.weight" in tensors
+            return f"output_blocks.{block * (layers + 1) + layers}.{2 if attends else 1}.{rest}"
         number = block * (layers + 1) + index + (1 if side == "down_blocks" else 0)
         return f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{rest}"
 

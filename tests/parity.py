@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from checkpoints import SCHEDULER
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from sdmodels.tokenizer import Tokenizer
 
@@ -33,7 +32,7 @@ def text_states(model: Model, engine_folder: Path, text: str) -> torch.Tensor:
 def scheduler(model: Model, sampler: Sampler) -> Any:
     """diffusers', that ends at a noise level of 0 as the service does: SD's own configuration stops just above it."""
     kind = SCHEDULERS[sampler]
-    options = {**SCHEDULER, "prediction_type": model.prediction_type, "timestep_spacing": "leading"}
+    options = {**model.scheduler, "timestep_spacing": "leading"}
     options |= {"set_alpha_to_one": True} if sampler == "ddim" else {"final_sigmas_type": "zero"}
     return kind.from_config({**options, "_class_name": kind.__name__})
 

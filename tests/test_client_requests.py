@@ -32,6 +32,7 @@ from sdclient import (
     Sampler,
     Schedule,
     TwoPass,
+    Upscale,
     Variation,
     Windows,
 )
@@ -61,6 +62,7 @@ EVERYTHING: GenerateOptions = {
     ),
     "init_image": InitImage(b"image", strength=0.6, fit="contain", sha256="0a" * 32),
     "mask": Mask(b"mask", feather=2.5, sha256="0b" * 32),
+    "upscale": Upscale(noise_level=0),
     "depth_map": DepthMap(b"map", fit="stretch", sha256="0c" * 32),
     "outpaint": Outpaint(left=64, bottom=8),
     "variation": Variation(0.3, seed=2**63 - 1),

@@ -3,7 +3,6 @@ diffusers' own pipelines."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +10,20 @@ import pytest
 import pytest_asyncio
 import torch
 from checkpoints import DEPTH_PREPROCESSOR, Model
-from diffusers import StableDiffusionDepth2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline,
+)
 from parity import bytes_of, pipeline, text_states
 from PIL import Image
-from sdclient import AsyncClient, DepthMap, InitImage, Mask, Prompt
+from sdclient import AsyncClient, DepthMap, InitImage, Mask, Prompt, Upscale
 from sdmodels.conversion.convert import Options, convert
+from sdmodels.text_encoder import TextEncoder
+from sdmodels.vae import VaeDecoder
+from sdserver.backends import EncodedText
+from sdserver.backends.triton import TritonBackend
 from sdserver.engine_store import EngineStore
 from sdserver.noise import ImageNoise
 from sdserver.server import Server
@@ -28,6 +36,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from sdclient import Sampler
+    from sdserver.backends import Floats, Pixels
+    from sdserver.engines import Engine
+    from sdserver.request import Emphasis
     from sdserver.settings import ServeSettings
 
 pytestmark = [
@@ -38,6 +49,7 @@ pytestmark = [
 WIDTH, HEIGHT, STEPS, SCALE, SEED = 128, 64, 4, 5.0, 3
 PROMPT, NEGATIVE = "a valley in the Alps at sunset, epic vista", "trees, blurry"
 INPAINTING, DEPTH = Model("2", "epsilon", "inpainting"), Model("2", "epsilon", "depth")
+UPSCALING = Model("2", "v_prediction", "upscaling")
 
 rng = np.random.default_rng(5)
 PICTURE = Image.fromarray(rng.integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT))
@@ -50,32 +62,51 @@ DEPTHS = PICTURE.convert("L")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EngineStore:
-    """Engines from an original file and from a folder of diffusers; OpenVINO runs the one's UNet, torch the other's."""
+    """Engines from original files and from a folder of diffusers; OpenVINO runs one UNet, torch the others."""
     store = EngineStore(tmp_path_factory.mktemp("repository"))
     sources = tmp_path_factory.mktemp("sources")
     paths = {
         "inpainting": INPAINTING.save_original(sources / "512-inpainting-ema.safetensors"),
         "depth": DEPTH.save_diffusers(sources / "depth"),
+        "upscaling": UPSCALING.save_original(sources / "x4-upscaler-ema.safetensors"),
     }
     for name, path in paths.items():
         facts = convert(Options(str(path), str(store.folder(name)), dtype="fp32"), lambda _: None)
-        store.complete(name, "", "", facts, Placement(runtime="" if name == "inpainting" else "torch"))
+        store.complete(name, "", "", facts, Placement(runtime="openvino" if name == "upscaling" else "torch"))
     return store
+
+
+class Backend(TritonBackend):
+    """Triton runs what these engines have of their own; what all have runs here, which spares it six processes."""
+
+    OWN = ("unet", "vae_encoder", "depth_estimator")
+
+    def __init__(self, url: str, store: EngineStore) -> None:
+        super().__init__(url)
+        folders = {engine.id: store.folder(engine.id) for engine in store.engines()}
+        self._texts = {name: TextEncoder(folder) for name, folder in folders.items()}
+        self._decoders = {name: VaeDecoder(folder) for name, folder in folders.items()}
+
+    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+        return EncodedText(*self._texts[engine.id](text, []))
+
+    async def decode(self, engine: Engine, latents: Floats) -> Pixels:
+        return self._decoders[engine.id](latents)
+
+    async def is_ready(self, engine: Engine) -> bool:
+        return True
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(store: EngineStore, settings: ServeSettings) -> AsyncIterator[AsyncClient]:
     repository = store.folder("depth").parents[1]
-    models = [model for engine in store.engines() for model in engine.models]
+    models = [engine.model(role) for engine in store.engines() for role in engine.roles if role in Backend.OWN]
     async with TritonProcess(repository, models, grpc_port=0, http_port=0, metrics_port=0) as triton:
-        over = {"model_repository": repository, "triton_url": f"127.0.0.1:{triton.grpc_port}"}
+        backend = Backend(f"127.0.0.1:{triton.grpc_port}", store)
         async with (
-            Server(settings.model_copy(update=over)) as server,
+            Server(settings.model_copy(update={"model_repository": repository}), backend) as server,
             AsyncClient(f"127.0.0.1:{server.port}") as client,
-            asyncio.timeout(200),
         ):
-            while not all(engine.ready for engine in await client.engines()):
-                await asyncio.sleep(0.05)
             yield client
 
 
@@ -190,6 +221,36 @@ async def test_another_depth_map_gives_another_picture_without_an_image_too(clie
     assert np.abs(first - second).max() > 2
 
 
+class OurNoise(DDPMScheduler):  # type: ignore[misc]
+    """diffusers', with the noise that the service gives the image."""
+
+    def add_noise(self, image: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        ours = torch.from_numpy(ImageNoise(SEED).of_image(tuple(noise.shape[1:])))[None]
+        noised: torch.Tensor = super().add_noise(image, ours, level)
+        return noised
+
+
+@pytest.mark.parametrize(("sampler", "noise_level"), [("ddim", None), ("euler", 301)])
+async def test_what_is_enlarged_is_that_of_diffusers(
+    client: AsyncClient, store: EngineStore, sampler: Sampler, noise_level: int | None
+) -> None:
+    small = PICTURE.resize((WIDTH // 4, HEIGHT // 4))
+    upscale = None if noise_level is None else Upscale(noise_level)
+    image = await drawn(
+        client, "upscaling", sampler, init_image=InitImage.of(small), upscale=upscale, width=None, height=None
+    )
+    low = OurNoise.from_config({**UPSCALING.scheduler, "_class_name": "DDPMScheduler"})
+    made = pipeline(StableDiffusionUpscalePipeline, UPSCALING, sampler, low_res_scheduler=low)
+    images = made(
+        image=small,
+        latents=torch.from_numpy(ImageNoise(SEED).initial((4, HEIGHT // 4, WIDTH // 4)))[None],
+        **({} if noise_level is None else {"noise_level": noise_level}),
+        **of_diffusers(store, UPSCALING),
+    ).images
+    assert bytes_of(images).std() > 2
+    np.testing.assert_allclose(image, bytes_of(images), atol=1.01)
+
+
 async def test_engines_say_what_they_take(client: AsyncClient) -> None:
     said = {engine.id: (engine.conditioning, engine.estimates_depth) for engine in await client.engines()}
-    assert said == {"inpainting": ("inpainting", False), "depth": ("depth", True)}
+    assert said == {"inpainting": ("inpainting", False), "depth": ("depth", True), "upscaling": ("upscaling", False)}

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from calls import a_request, events_of, failure_of, image_of, images_of, violations_of
+from diffusers import DDPMScheduler
 from PIL import Image
 from sdapi.v1 import engine_pb2, generation_pb2
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
 from sdserver import wire
+from sdserver.canvas import Canvas
 from sdserver.depth import depth_channel
 from sdserver.engines import Engine
 from sdserver.errors import NotSupported
+from sdserver.images import crop
+from sdserver.noise import ImageNoise
 from sdserver.server import Server
 
 if TYPE_CHECKING:
@@ -306,3 +310,134 @@ def test_a_depth_estimator_is_for_depth_engines(catalog: Catalog) -> None:
     descriptor = catalog.default.model_dump() | BARE | {"optional_roles": ("vae_encoder", "depth_estimator")}
     with pytest.raises(ValueError, match="depth_estimator"):
         Engine.model_validate(descriptor)
+
+
+# Upscaling
+
+NOISE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "train_timesteps": 1000,
+    "timestep_spacing": "leading",
+}
+upscaling = pytest.mark.parametrize(
+    "engine",
+    [
+        {
+            "conditioning": "upscaling",
+            "upscaling": {"noise_schedule": NOISE, "max_noise_level": 350},
+            "optional_roles": [],
+            **BARE,
+        }
+    ],
+    indirect=True,
+)
+SMALL = PICTURE.resize((12, 8))
+
+
+@upscaling
+async def test_an_upscaler_sees_the_image_with_noise_of_its_own_and_how_much(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    request = a_request(init_image={"data": png(SMALL)}, seed=7, image_count=2, upscale={"noise_level": 120})
+    request.ClearField("width")
+    request.ClearField("height")
+    events = await events_of(stub, request)
+    assert [(image.width, image.height) for image in images_of(events)] == [(96, 64)] * 2
+    low = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
+    image = torch.tensor(np.asarray(SMALL)).permute(2, 0, 1) / 127.5 - 1
+    seen = []
+    for seed in (7, 8):
+        noise = torch.from_numpy(ImageNoise(seed).of_image((3, 8, 12)))
+        seen.append(low.add_noise(image, noise, torch.tensor([120])).numpy())
+    assert len(backend.conditionings) == 16
+    for channels in backend.conditionings:
+        assert (channels[3] == 120).all()
+        assert min(np.abs(channels[:3] - each).max() for each in seen) < 1e-5
+    resolved = events[0].accepted.request
+    assert (resolved.width, resolved.height, resolved.upscale.noise_level) == (96, 64, 120)
+    assert (backend.encoded, resolved.init_image.strength) == ([], 1)
+
+
+@upscaling
+@pytest.mark.parametrize(
+    ("size", "result"),
+    [({}, (80, 56)), ({"width": 160}, (160, 112)), ({"height": 28}, (40, 28)), ({"width": 77, "height": 53}, (77, 53))],
+)
+async def test_an_image_of_any_size_is_enlarged_to_any_size(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend, size: dict[str, int], result: tuple[int, int]
+) -> None:
+    picture = Image.new("RGB", (10, 7), "black")
+    request = a_request(init_image={"data": png(picture)}, upscale={"noise_level": 0}, **size)
+    for side in {"width", "height"} - size.keys():
+        request.ClearField(side)
+    events = await events_of(stub, request)
+    [image] = images_of(events)
+    assert (image.width, image.height) == result
+    channels = backend.conditionings[0]
+    assert channels.shape == (4, *(-(-side // 32) * 4 for side in result[::-1]))
+
+
+@pytest.mark.parametrize("missing", range(4))
+def test_what_is_cut_out_of_the_result_is_where_the_image_lies(missing: int) -> None:
+    factor, multiple = 4, 32
+    for length in range(3, 30):
+        row = np.arange(length, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+        width = factor * length - missing
+        across = -(-width // multiple) * multiple
+        shown = Canvas(row, None).padded(across // factor, 1)
+        enlarged = crop(shown.repeat(factor, axis=1), width, 1, factor)
+        assert np.array_equal(enlarged, row.repeat(factor, axis=1)[:, :width])
+
+
+@upscaling
+async def test_without_a_noise_level_an_upscaler_takes_that_of_diffusers(stub: GenerationServiceAsyncStub) -> None:
+    events = await events_of(stub, a_request(init_image={"data": png(SMALL)}))
+    assert events[0].accepted.request.upscale.noise_level == 20
+
+
+@upscaling
+async def test_what_an_upscaler_cannot_do_is_refused_by_name(
+    stub: GenerationServiceAsyncStub, backend: FakeBackend
+) -> None:
+    init = {"data": png(SMALL)}
+    for fields, violated in (
+        ({}, "init_image"),
+        ({"init_image": init | {"strength": 0.5}}, "init_image.strength"),
+        ({"init_image": init, "upscale": {"noise_level": 351}}, "upscale.noise_level"),
+        ({"init_image": init, "upscale": {"noise_level": -1}}, "upscale.noise_level"),
+    ):
+        error = await failure_of(stub, a_request(**fields))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violations_of(error).keys() == {violated}
+    for field in ("mask", "outpaint", "two_pass"):
+        error = await failure_of(stub, a_request(init_image=init, **{field: {}}))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert backend.calls == 0
+
+
+@upscaling
+async def test_engines_say_how_they_enlarge(stub: GenerationServiceAsyncStub) -> None:
+    [engine] = (await stub.ListEngines(generation_pb2.ListEnginesRequest())).engines
+    assert engine.conditioning == engine_pb2.CONDITIONING_UPSCALING
+    assert (engine.upscaling.factor, engine.upscaling.max_noise_level, engine.image_to_image) == (8, 350, False)
+
+
+def test_other_engines_do_not_enlarge(catalog: Catalog) -> None:
+    with pytest.raises(NotSupported) as caught:
+        wire.to_request(a_request(upscale={}), "id", catalog)
+    assert caught.value.metadata["field"] == "upscale"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conditioning": "upscaling"},
+        {"upscaling": {"noise_schedule": NOISE, "max_noise_level": 350}},
+        {"conditioning": "upscaling", "upscaling": {"noise_schedule": NOISE, "max_noise_level": 1000}},
+    ],
+)
+def test_an_upscaler_says_how_it_takes_its_image(catalog: Catalog, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="upscaling"):
+        Engine.model_validate(catalog.default.model_dump() | change)

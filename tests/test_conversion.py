@@ -26,6 +26,7 @@ from sdmodels.depth import DepthEstimator
 from sdmodels.text_encoder import TextEncoder
 from sdmodels.tokenizer import Tokenizer
 from sdmodels.unet import UNet
+from sdmodels.unet_cache import UNetCache
 from sdmodels.vae import VaeDecoder, VaeEncoder
 from sdserver.engine_store import EngineStore
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
@@ -73,11 +74,18 @@ def add(store: EngineStore, source: Path, **options: Any) -> Engine:
 
 
 def compare_unet(engine_folder: Path, model: Model) -> None:
-    channels = model.unet.config.in_channels
-    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, channels, 8, 16), (2, 77, 64)))
+    config = model.unet.config
+    shapes = (2, config.in_channels, 8, 16), (2, 77, 64)
+    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     timesteps = np.array([1, 700], np.float32)
+    labels = None if config.num_class_embeds is None else torch.tensor([301, 3])
     with torch.inference_mode():
-        expected = model.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(states)).sample
+        expected = model.unet(
+            torch.tensor(latents), torch.tensor(timesteps), torch.tensor(states), class_labels=labels
+        ).sample
+    if labels is not None:
+        planes = np.broadcast_to(labels.numpy()[:, None, None, None], (2, 1, 8, 16)).astype(np.float32)
+        latents = np.concatenate([latents, planes], axis=1)
     np.testing.assert_allclose(UNet(engine_folder)(latents, timesteps, states), expected.numpy(), atol=1e-5)
 
 
@@ -243,6 +251,33 @@ def test_a_damaged_estimator_is_named_tensor_by_tensor(store: EngineStore, tmp_p
     with pytest.raises(ConversionError) as caught:
         add(store, source)
     assert caught.value.problems == ("depth_estimator: head.head.0.bias [8] is missing",)
+
+
+def test_an_upscaler_and_its_folder_give_the_same_bytes_and_compute_what_the_modules_do(tmp_path: Path) -> None:
+    model = Model("2", "v_prediction", "upscaling")
+    store, other = EngineStore(tmp_path / "file"), EngineStore(tmp_path / "folder")
+    engine = add(store, model.save_original(tmp_path / "x4-upscaler-ema.safetensors"), dtype="fp32")
+    compare_unet(store.folder("small"), model)
+    compare_vae(store.folder("small"), model)
+    assert (engine.unet_channels, engine.latents.downsampling, engine.native_width) == (8, 4, 512)
+    rows = rng.standard_normal((2, 8, 8, 16)).astype(np.float32)
+    rows[:, 7] = [[[301]], [[3]]]
+    given = rows, np.array([1, 700], np.float32), rng.standard_normal((2, 77, 64)).astype(np.float32)
+    cached = UNetCache(store.folder("small"))
+    prediction, features = np.split(cached(*given), [4], axis=1)
+    np.testing.assert_allclose(prediction, UNet(store.folder("small"))(*given), atol=1e-5)
+    np.testing.assert_allclose(cached(*given, features), prediction, atol=1e-5)
+    assert (engine.prediction_type, engine.roles) == ("v_prediction", ("text_encoder", "unet", "vae_decoder"))
+    from_folder = add(other, model.save_diffusers(tmp_path / "x4"), dtype="fp32")
+    tensors = {name for name in engine.weights if name.endswith(".safetensors")}
+    assert {name: from_folder.weights[name] for name in tensors} == {name: engine.weights[name] for name in tensors}
+    assert from_folder.upscaling == engine.upscaling
+    assert engine.upscaling
+    assert (engine.upscaling.max_noise_level, engine.upscaling.noise_schedule.beta_end) == (350, 0.02)
+    configs = [json.loads((each.folder("small") / "unet/config.json").read_text()) for each in (store, other)]
+    # That of the folder leaves it to the module.
+    assert [config.pop("upcast_attention") for config in configs] == [True, False]
+    assert configs[0] == configs[1]
 
 
 # What a descriptor says

@@ -337,7 +337,8 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "safety check": engine.safety_mode or "unknown",
             "CLIP guidance": _clip_presets(engine),
             "conditioning": (engine.conditioning or "unknown")
-            + (", estimated from initial images" if engine.estimates_depth else ""),
+            + (", estimated from initial images" if engine.estimates_depth else "")
+            + (f", {engine.upscaling.factor} times in each direction" if engine.upscaling else ""),
             "block caching": "yes" if engine.block_cache else "none",
             "LoRAs": "; ".join(map(_lora_line, engine.loras)) or "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),

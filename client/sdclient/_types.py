@@ -184,6 +184,14 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class Upscale:
+    """How an upscaler enlarges the initial image."""
+
+    noise_level: int | None = None
+    """Noise that the image gets before, 0 (none) to `Engine.upscaling.max_noise_level`; None: 20."""
+
+
+@dataclass(frozen=True, slots=True)
 class DepthMap:
     """How far away everything in the result is: bright is near, dark is far; only differences count.
 
@@ -361,6 +369,8 @@ class GenerateOptions(TypedDict, total=False):
     """Repaints only a part of `init_image`."""
     outpaint: Outpaint | None
     """Extends `init_image` beyond its borders."""
+    upscale: Upscale | None
+    """How `init_image` is enlarged; only where `Engine.upscaling`."""
     depth_map: DepthMap | None
     """How far away everything is; only where `Engine.conditioning` is `depth`, and required there unless
     `Engine.estimates_depth` and there is an `init_image`."""
@@ -466,9 +476,19 @@ SafetyMode = Literal["off", "flag", "blur", "block"]
 is, sent blurred beyond recognition, or not sent. Previews are unchecked: `blur` blurs them, `block` leaves them out."""
 
 
-Conditioning = Literal["none", "inpainting", "depth"]
-"""What an engine's UNet takes beside noise and prompts: nothing, what is kept of `init_image` and where, or
-`depth_map`."""
+Conditioning = Literal["none", "inpainting", "depth", "upscaling"]
+"""What an engine's UNet takes beside noise and prompts: nothing, what is kept of `init_image` and where, `depth_map`,
+or `init_image` as the image to enlarge."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpscalingSupport:
+    """How an engine enlarges images."""
+
+    factor: int
+    """Pixels of the result, in each direction, for one of the initial image."""
+    max_noise_level: int
+    """Greatest `Upscale.noise_level`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,6 +562,8 @@ class Engine:
     """What the server's safety check does. None: it does not say."""
     block_cache: bool = False
     """Whether it takes `block_cache`."""
+    upscaling: UpscalingSupport | None = None
+    """How it enlarges images. None: it does not."""
     estimates_depth: bool = False
     """Whether it estimates the depth of `init_image` where a request has no `depth_map`."""
     conditioning: Conditioning | None = None

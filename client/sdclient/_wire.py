@@ -58,6 +58,8 @@ from ._types import (
     Schedule,
     Tls,
     TwoPass,
+    Upscale,
+    UpscalingSupport,
     Variation,
     WindowDefaults,
     Windows,
@@ -122,7 +124,8 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults, Lora, LoraInfo),
+        *(Upscale, UpscalingSupport, DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(Lora, LoraInfo),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

@@ -16,11 +16,12 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdmodels.batching import check_rows
+from sdmodels.class_labels import apart
 from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
 
@@ -57,7 +58,8 @@ class OpenVinoUNet:
             converted = _converted(engine_folder, WHOLE, Path(elsewhere))
             # Reads the weights' file, which may then go.
             self._request = _compiled(converted, threads, precision, features=False)
-        self._sinusoid = _Sinusoid(engine_folder)
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
@@ -71,7 +73,8 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        result = self._request.infer([latents, self._sinusoid(timesteps), text_states])
+        rows, labels = _apart(latents, self._config)
+        result = self._request.infer([rows, self._sinusoid(timesteps), text_states, *labels])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
@@ -86,7 +89,8 @@ class OpenVinoUNetCache:
                 _compiled(_converted(engine_folder, name, Path(elsewhere)), threads, precision)
                 for name in (WHOLE, OUTERMOST)
             )
-        self._sinusoid = _Sinusoid(engine_folder)
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self,
@@ -98,10 +102,11 @@ class OpenVinoUNetCache:
         """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
         check_rows(latents, timesteps, text_states, features)
         sinusoid = self._sinusoid(timesteps)
+        rows, labels = _apart(latents, self._config)
         if features is None:
-            result = self._whole.infer([latents, sinusoid, text_states])
+            result = self._whole.infer([rows, sinusoid, text_states, *labels])
             return np.concatenate([result[0], result[1]], axis=1)
-        result = self._outermost.infer([latents, sinusoid, text_states, features])
+        result = self._outermost.infer([rows, sinusoid, text_states, features, *labels])
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
 
@@ -109,8 +114,7 @@ class OpenVinoUNetCache:
 class _Sinusoid:
     """Timesteps [B] -> [B, C]. Not in the network, because bfloat16 has no digits for timesteps of several hundred."""
 
-    def __init__(self, engine_folder: Path) -> None:
-        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    def __init__(self, config: dict[str, Any]) -> None:
         self._frequencies = _frequencies(config)
         self._flip: bool = config.get("flip_sin_to_cos", True)
 
@@ -118,6 +122,17 @@ class _Sinusoid:
         angles = timesteps[:, None].astype(np.float32) * self._frequencies
         halves = (np.cos(angles), np.sin(angles)) if self._flip else (np.sin(angles), np.cos(angles))
         return np.concatenate(halves, axis=1)
+
+
+def _configuration(engine_folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _apart(latents: NDArray[np.float32], config: dict[str, Any]) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
+    """The UNet's own channels, and the class labels as one more input, if it takes any."""
+    rows, labels = apart(latents, config)
+    return np.ascontiguousarray(rows), [] if labels is None else [labels.astype(np.int64)]
 
 
 def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
@@ -213,6 +228,9 @@ def _convert(engine_folder: Path, name: str, elsewhere: Path) -> Path:
     if name == OUTERMOST:
         examples.append(torch.zeros(2, deeper, 16, 16))
         shapes[3] = [-1, deeper, -1, -1]
+    if config.num_class_embeds:
+        shapes[len(examples)] = [-1]
+        examples.append(torch.zeros(2, dtype=torch.long))
     network = FromFeatures(unet) if name == OUTERMOST else WithFeatures(unet)
     with warnings.catch_warnings():
         # What tracing says of diffusers' checks of sizes and of torch's plans for itself.

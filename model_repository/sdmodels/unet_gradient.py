@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sdmodels.class_labels import apart
 from sdmodels.unet import UNet
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class UNetGradient:
             for value in (latents, timestep, text_states, gradient)
         )
         x.requires_grad_()
-        prediction = self._unet(x, t, c, return_dict=False)[0]
+        row, labels = apart(x, self._unet.config)
+        labelled = {} if labels is None else {"class_labels": labels.long()}
+        prediction = self._unet(row, t, c, return_dict=False, **labelled)[0]
         by_latents = torch.autograd.grad(prediction, x, g)[0][0, : len(gradient)]
         result: NDArray[np.float32] = by_latents.cpu().numpy()
         return result

@@ -129,8 +129,8 @@ def fitted_map(picture: Image.Image, width: int, height: int, fit: Fit) -> Float
 
 def resized_map(values: Floats, width: int, height: int) -> Floats:
     """[height, width] a map at another size."""
-    whole = 0.0, 0.0, float(values.shape[1]), float(values.shape[0])
-    return np.asarray(_resized(Image.fromarray(values), width, height, whole), np.float32)
+    box = 0.0, 0.0, float(values.shape[1]), float(values.shape[0])
+    return np.asarray(_resized(Image.fromarray(values), width, height, box), np.float32)
 
 
 def padded_map(values: Floats, width: int, height: int) -> Floats:

@@ -24,7 +24,12 @@ MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
 # For the descriptions of engines, by what their UNets take.
-PURPOSES = {"none": "", "inpainting": " for inpainting", "depth": " that follows a depth map"}
+PURPOSES = {
+    "none": "",
+    "inpainting": " for inpainting",
+    "depth": " that follows a depth map",
+    "upscaling": " that enlarges images",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,8 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         "windows": {"size": size, "overlap": size // 2},
         "decode_tile": {"size": size, "overlap": size // 4},
         "optional_roles": [
-            "vae_encoder",
+            # An upscaler is shown its image as it is.
+            *([] if facts["upscaling"] else ["vae_encoder"]),
             *(["depth_estimator"] if facts["estimates_depth"] else []),
             *(["clip_guidance"] if tower else []),
         ],
@@ -196,6 +202,10 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
     if facts["conditioning"] != "none":
         # Left out of all others, so that what was made before has the same descriptor, and digest, as ever.
         descriptor["conditioning"] = facts["conditioning"]
+    if facts["upscaling"]:
+        descriptor["upscaling"] = facts["upscaling"]
+        # Images of the native size are what it enlarges, rather than what it makes.
+        descriptor["limits"]["max_pixels"] = descriptor["limits"]["max_size"] ** 2
     if tower:
         image_size = tower["image_size"]
         descriptor["clip_guidance"] = {

@@ -32,7 +32,9 @@ LORA_ROLE = "unet_lora"
 LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Positive = Annotated[int, Field(gt=0)]
-Conditioning = Literal["none", "inpainting", "depth"]
+Conditioning = Literal["none", "inpainting", "depth", "upscaling"]
+# Of a picture.
+COLOURS = 3
 
 
 class _Data(BaseModel):
@@ -141,6 +143,16 @@ class Windows(_Data):
         return self
 
 
+class Upscaling(_Data):
+    """How an upscaler takes the image that it enlarges, which has as many pixels as the latents have places.
+
+    It gets noise of one of the levels of `noise_schedule`, counted by training timesteps, and the UNet is told which.
+    """
+
+    noise_schedule: NoiseSchedule
+    max_noise_level: Annotated[int, Field(ge=0)]
+
+
 class License(_Data):
     """Under which terms the engine may be used."""
 
@@ -220,6 +232,8 @@ class Engine(_Data):
     clip_guidance: ClipGuidance | None = None
     # For engines with the role `unet_cache`.
     block_cache: BlockCache | None = None
+    # For engines whose conditioning is upscaling.
+    upscaling: Upscaling | None = None
     # In which images are denoised that are larger than one of them and an overlap. None: always as a whole.
     windows: Windows | None = None
     # In which latents are decoded that are larger than one of them: bounds the decoder's memory. None: as a whole.
@@ -252,6 +266,10 @@ class Engine(_Data):
             raise ValueError("two presets of clip_guidance have the same name")
         if (self.block_cache is None) == ("unet_cache" in self.optional_roles):
             raise ValueError("an engine has block_cache and the optional role unet_cache, or neither")
+        if (self.upscaling is None) == (self.conditioning == "upscaling"):
+            raise ValueError("an engine has upscaling and the conditioning of that name, or neither")
+        if self.upscaling and self.upscaling.max_noise_level >= self.upscaling.noise_schedule.train_timesteps:
+            raise ValueError("upscaling.max_noise_level must be less than its noise_schedule.train_timesteps")
         if "depth_estimator" in self.optional_roles and self.conditioning != "depth":
             raise ValueError("the optional role depth_estimator is for engines whose conditioning is depth")
         if self.conditioning == "inpainting" and "vae_encoder" not in self.optional_roles:
@@ -278,9 +296,14 @@ class Engine(_Data):
     @property
     def unet_channels(self) -> int:
         """Channels that the UNet takes: the noisy latents, then those of the conditioning."""
-        return (
-            self.latents.channels + {"none": 0, "inpainting": 1 + self.latents.channels, "depth": 1}[self.conditioning]
-        )
+        further = {
+            "none": 0,
+            "inpainting": 1 + self.latents.channels,
+            "depth": 1,
+            # The image and, the same number everywhere, its noise level.
+            "upscaling": COLOURS + 1,
+        }
+        return self.latents.channels + further[self.conditioning]
 
     @property
     def roles(self) -> tuple[str, ...]:

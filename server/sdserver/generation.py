@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sdserver import images
 from sdserver.canvas import Canvas
-from sdserver.conditioning import conditioning
+from sdserver.conditioning import conditioning, with_noise
 from sdserver.decoding import decode
 from sdserver.denoiser import Denoiser
 from sdserver.encoding import encode
@@ -59,7 +59,7 @@ class Generation:
     observer: Observer
     passes: tuple[Pass, ...] = field(init=False)
     conditionings: list[Array | None] = field(default_factory=list)
-    """Of each pass."""
+    """Of each pass, as far as all images have it in common."""
     denoisers: list[Denoiser] = field(default_factory=list)
     completed: dict[int, int] = field(default_factory=dict)
 
@@ -174,6 +174,8 @@ class Generation:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
         cache = self.schedulers.block_cache(self.request)
         unet, channels = self.schedulers.unet_of(self.request), self.conditionings[part.number]
+        if channels is not None:
+            channels = with_noise(self.request, channels, noise)
         denoiser = Denoiser(self.request, self.guidance, unet, clip, cache, channels)
         self.denoisers.append(denoiser)
 
@@ -202,8 +204,9 @@ class Generation:
     async def _encode(self, canvas: Canvas, part: Pass) -> ImageLatents | None:
         """The latents of an image of a pass's size; None: the pass needs none."""
         engine = self.request.engine
-        # An inpainting UNet is shown what to keep, and was not trained with latents that are kept by others.
-        shown = engine.conditioning == "inpainting"
+        # An inpainting UNet is shown what to keep, and was not trained with latents that are kept by others; an
+        # upscaling UNet is shown the whole image.
+        shown = engine.conditioning in ("inpainting", "upscaling")
         if shown and part.whole_schedule:
             return None
         width, height = engine.padded_size(part.width, part.height)
@@ -215,8 +218,11 @@ class Generation:
 
     async def _decode(self, latents: Array, part: Pass) -> Pixels:
         """[H, W, 3] pixels of a pass's latents."""
+        engine = self.request.engine
         pixels = await decode(self.schedulers.vae_decoder, self.request, latents)
-        return images.crop(pixels, part.width, part.height)
+        # An upscaler's image lies in the middle by whole pixels of its own.
+        step = engine.latents.downsampling if engine.conditioning == "upscaling" else 1
+        return images.crop(pixels, part.width, part.height, step)
 
     def _preview(self, index: int, part: Pass, step: int, x0: Array) -> None:
         request, preview_map = self.request, self.request.engine.preview_map

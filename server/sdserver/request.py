@@ -155,6 +155,8 @@ class GenerationRequest:
     mask: Mask | None = None
     """None: nothing but what has no content is repainted by itself."""
     outpaint: Outpaint | None = None
+    noise_level: int | None = None
+    """Of the noise that an upscaler's initial image gets; None: the engine is none."""
     depth_map: DepthMap | None = None
     """None: the engine takes none, or estimates that of the initial image."""
     variation: Variation | None = None

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sdmodels.conversion.tensors import Tensors
 
 # What a UNet of 4 latent channels takes as further ones, by their number; and what no server of ours would give it.
-CONDITIONINGS = {0: "none", 1: "depth", 5: "inpainting"}
-OTHER_INPUTS = {3: "a small image to enlarge", 4: "an image to edit"}
+CONDITIONINGS = {0: "none", 1: "depth", 3: "upscaling", 5: "inpainting"}
+OTHER_INPUTS = {4: "an image to edit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class Checkpoint:
     source_files: tuple[Path, ...]
     """The files that it was read from."""
     depth_estimator: DepthEstimator | None = None
+    upscaling: dict[str, Any] | None = None
+    """Of upscalers, with the names of an engine's descriptor."""
     ignored: tuple[str, ...] = ()
     """What the source has beside them and an engine has no use for."""
 
@@ -100,6 +102,9 @@ def component_problems(unet: Component, vae: Component) -> list[str]:
             f"the UNet takes {unet.config['in_channels']} channels: beside latents it wants {what}, and this service "
             "does not serve such engines yet"
         )
+    labels = unet.config.get("num_class_embeds") is not None, unet.config.get("class_embed_type") is not None
+    if labels != (CONDITIONINGS[further] == "upscaling", False):
+        raise ConversionError("the UNet takes labels or embeddings that no server of ours would give it")
     if not isinstance(unet.config.get("sample_size"), int):
         raise ConversionError("the UNet's config.json has no sample_size: the native size cannot be known")
     with torch.device("meta"):

@@ -168,6 +168,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "prediction_type": checkpoint.prediction_type,
         "noise_schedule": checkpoint.noise_schedule,
         "conditioning": checkpoint.conditioning,
+        "upscaling": checkpoint.upscaling,
         "estimates_depth": checkpoint.depth_estimator is not None,
         "latents": {"channels": checkpoint.vae.config["latent_channels"], "downsampling": checkpoint.downsampling},
         "text_encoder": {

@@ -31,6 +31,7 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionUpscalePipeline",
 )
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # Those that only some checkpoints have.
@@ -42,8 +43,12 @@ CONFIGURATIONS = (
 )
 # What is read where it is there.
 OPTIONAL_FILES = ("README.md", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json")
+# Of an upscaler: the noise that the small image gets.
+LOW_RESOLUTION_SCHEDULER = "low_res_scheduler/scheduler_config.json"
 # Of a depth estimator, where there is one; the second is also that of a safety checker.
 DEPTH_FILES = (f"{DEPTH_ESTIMATOR}/config.json", "feature_extractor/preprocessor_config.json")
+# Where the pipeline's own default stands.
+MAX_NOISE_LEVEL = 350
 DPT = "DPTForDepthEstimation"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -84,6 +89,7 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
         _license(folder),
         tuple(files),
         depth_estimator,
+        _upscaling(folder, configs["model_index.json"]),
         tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_ignored(path.name))),
     )
 
@@ -115,7 +121,7 @@ def source_files(folder: Path, dtype: str) -> list[Path]:
     missing = [name for name in CONFIGURATIONS if not (folder / name).is_file()]
     if missing:
         raise ConversionError(f"{folder} is no checkpoint of diffusers", [f"{name} is missing" for name in missing])
-    optional = (*OPTIONAL_FILES, *(DEPTH_FILES if _has_depth_estimator(folder) else ()))
+    optional = (*OPTIONAL_FILES, LOW_RESOLUTION_SCHEDULER, *(DEPTH_FILES if _has_depth_estimator(folder) else ()))
     files = [folder / name for name in (*CONFIGURATIONS, *optional) if (folder / name).is_file()]
     for component in (*COMPONENTS, *(OPTIONAL_COMPONENTS if _has_depth_estimator(folder) else ())):
         path = _weights_file(folder, component, dtype)
@@ -151,6 +157,16 @@ def _weights_file(folder: Path, component: str, dtype: str) -> Path:
             "shards"
         )
     return folder / component / names[0]
+
+
+def _upscaling(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
+    path = folder / LOW_RESOLUTION_SCHEDULER
+    if not path.is_file():
+        return None
+    return {
+        "noise_schedule": noise_schedule(read_config(path)),
+        "max_noise_level": index.get("max_noise_level", MAX_NOISE_LEVEL),
+    }
 
 
 def _has_depth_estimator(folder: Path) -> bool:
@@ -218,5 +234,5 @@ def _license(folder: Path) -> str:
 
 
 def _is_ignored(name: str) -> bool:
-    used = (*COMPONENTS, *OPTIONAL_COMPONENTS, "scheduler", "tokenizer")
+    used = (*COMPONENTS, *OPTIONAL_COMPONENTS, "scheduler", "low_res_scheduler", "tokenizer")
     return name not in used and not name.startswith(".")

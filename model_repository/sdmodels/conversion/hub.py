@@ -13,6 +13,7 @@ from sdmodels.conversion.diffusers_folder import (
     COMPONENTS,
     CONFIGURATIONS,
     DEPTH_FILES,
+    LOW_RESOLUTION_SCHEDULER,
     OPTIONAL_COMPONENTS,
     OPTIONAL_FILES,
     weights_names,
@@ -125,7 +126,7 @@ def _wanted(repository: str, names: Sequence[str], dtype: str) -> list[str]:
     if "model_index.json" not in names:
         files: Any = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
         raise ConversionError(f"{repository} is no folder of diffusers: choose a checkpoint with --file", files)
-    optional = (*OPTIONAL_FILES, *(DEPTH_FILES if DEPTH_FILES[0] in names else ()))
+    optional = (*OPTIONAL_FILES, LOW_RESOLUTION_SCHEDULER, *(DEPTH_FILES if DEPTH_FILES[0] in names else ()))
     wanted = [name for name in (*CONFIGURATIONS, *optional) if name in names]
     for component in (*COMPONENTS, *OPTIONAL_COMPONENTS):
         inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]

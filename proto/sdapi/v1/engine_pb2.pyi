@@ -14,6 +14,7 @@ class Conditioning(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CONDITIONING_NONE: _ClassVar[Conditioning]
     CONDITIONING_INPAINTING: _ClassVar[Conditioning]
     CONDITIONING_DEPTH: _ClassVar[Conditioning]
+    CONDITIONING_UPSCALING: _ClassVar[Conditioning]
 
 class SafetyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,6 +27,7 @@ CONDITIONING_UNSPECIFIED: Conditioning
 CONDITIONING_NONE: Conditioning
 CONDITIONING_INPAINTING: Conditioning
 CONDITIONING_DEPTH: Conditioning
+CONDITIONING_UPSCALING: Conditioning
 SAFETY_MODE_UNSPECIFIED: SafetyMode
 SAFETY_MODE_OFF: SafetyMode
 SAFETY_MODE_FLAG: SafetyMode
@@ -33,7 +35,7 @@ SAFETY_MODE_BLUR: SafetyMode
 SAFETY_MODE_BLOCK: SafetyMode
 
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "loras", "conditioning", "estimates_depth")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "loras", "conditioning", "estimates_depth", "upscaling")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +59,7 @@ class Engine(_message.Message):
     LORAS_FIELD_NUMBER: _ClassVar[int]
     CONDITIONING_FIELD_NUMBER: _ClassVar[int]
     ESTIMATES_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    UPSCALING_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     description: str
@@ -80,7 +83,16 @@ class Engine(_message.Message):
     loras: _containers.RepeatedCompositeFieldContainer[LoraInfo]
     conditioning: Conditioning
     estimates_depth: bool
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[LoraInfo, _Mapping]]] = ..., conditioning: _Optional[_Union[Conditioning, str]] = ..., estimates_depth: _Optional[bool] = ...) -> None: ...
+    upscaling: UpscalingSupport
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[LoraInfo, _Mapping]]] = ..., conditioning: _Optional[_Union[Conditioning, str]] = ..., estimates_depth: _Optional[bool] = ..., upscaling: _Optional[_Union[UpscalingSupport, _Mapping]] = ...) -> None: ...
+
+class UpscalingSupport(_message.Message):
+    __slots__ = ("factor", "max_noise_level")
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    MAX_NOISE_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    factor: int
+    max_noise_level: int
+    def __init__(self, factor: _Optional[int] = ..., max_noise_level: _Optional[int] = ...) -> None: ...
 
 class LoraInfo(_message.Message):
     __slots__ = ("name", "title", "description", "trigger_words", "license", "sha256", "text_encoder")

@@ -8,7 +8,7 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
-from sdserver.canvas import FITS, Outpaint, canvas, default_size, fitted_map
+from sdserver.canvas import FITS, Canvas, Outpaint, canvas, default_size, fitted_map
 from sdserver.noise import MAX_SEED
 from sdserver.pictures import UnreadablePicture, read_colour, read_depth, read_grey
 from sdserver.request import DepthMap, InitImage, Mask, TwoPass, Variation
@@ -52,6 +52,8 @@ class ImageFields:
             self._depths = self._read("depth_map", message.depth_map, read_depth)
         elif engine.conditioning == "depth":
             self._check_depth_is_known()
+        if engine.upscaling is not None:
+            self._check_image_to_enlarge()
         self.outpaint = self._outpaint()
 
     def default_size(self) -> tuple[int, int]:
@@ -60,14 +62,14 @@ class ImageFields:
         if self._picture is None:
             return defaults.width, defaults.height
         outpaint = self.outpaint or Outpaint()
-        picture = self._picture
-        width, height = default_size(picture.width, picture.height, outpaint, limits.max_size, limits.max_pixels)
+        across, down = (side * self._factor for side in self._picture.size)
+        width, height = default_size(across, down, outpaint, limits.max_size, limits.max_pixels)
         if message.HasField("width") and not message.HasField("height"):
-            scale = max(message.width - outpaint.across, 1) / picture.width
-            height = min(round(picture.height * scale) + outpaint.down, limits.max_pixels // max(message.width, 1))
+            scale = max(message.width - outpaint.across, 1) / across
+            height = min(round(down * scale) + outpaint.down, limits.max_pixels // max(message.width, 1))
         elif message.HasField("height") and not message.HasField("width"):
-            scale = max(message.height - outpaint.down, 1) / picture.height
-            width = min(round(picture.width * scale) + outpaint.across, limits.max_pixels // max(message.height, 1))
+            scale = max(message.height - outpaint.down, 1) / down
+            width = min(round(across * scale) + outpaint.across, limits.max_pixels // max(message.height, 1))
         within = (min(max(size, limits.min_size), limits.max_size) for size in (width, height))
         return next(within), next(within)
 
@@ -91,7 +93,11 @@ class ImageFields:
         if self._violations or picture is None:
             return None
         feather = DEFAULT_FEATHER if mask is None else mask.feather
-        fitted = canvas(picture, self._mask, width, height, outpaint, fit, feather)
+        factor = self._factor
+        # An upscaler's has as many pixels as the latents have places; the last ones may lie beyond the result.
+        fitted = canvas(picture, self._mask, -(-width // factor), -(-height // factor), outpaint, fit, feather)
+        if self._engine.upscaling is not None:
+            return InitImage(_sha256(field.data), 1.0, fit, Canvas(fitted.pixels, None))
         if strength is None:
             strength = DEFAULT_STRENGTH if fitted.repaint is None else 1.0
         return InitImage(_sha256(field.data), strength, fit, fitted)
@@ -115,6 +121,19 @@ class ImageFields:
         if self._violations or self._depths is None:
             return None
         return DepthMap(_sha256(field.data), fit, fitted_map(self._depths, width, height, fit))
+
+    @property
+    def _factor(self) -> int:
+        """Pixels of the result, in each direction, for one of the initial image."""
+        return 1 if self._engine.upscaling is None else self._engine.latents.downsampling
+
+    def _check_image_to_enlarge(self) -> None:
+        if not self._message.HasField("init_image"):
+            self._violations["init_image"] = f"engine {self._engine.id} enlarges images and needs one; send it"
+        elif self._message.init_image.HasField("strength") and self._message.init_image.strength != 1:
+            self._violations["init_image.strength"] = (
+                f"engine {self._engine.id} enlarges images, and runs the whole schedule on them; leave strength out"
+            )
 
     def _check_depth_is_known(self) -> None:
         estimates = "depth_estimator" in self._engine.optional_roles

@@ -75,6 +75,7 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         if request.mask is None
         else generation_pb2.Mask(sha256=request.mask.sha256, feather=request.mask.feather),
         outpaint=None if request.outpaint is None else generation_pb2.Outpaint(**asdict(request.outpaint)),
+        upscale=None if request.noise_level is None else generation_pb2.Upscale(noise_level=request.noise_level),
         depth_map=None
         if request.depth_map is None
         else generation_pb2.DepthMap(
@@ -222,6 +223,11 @@ def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> 
         churn_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
         safety_mode=SAFETY_MODE_NAMES.number(safety_mode or "off"),  # type: ignore[arg-type]
         block_cache=engine.block_cache is not None,
+        upscaling=None
+        if engine.upscaling is None
+        else engine_pb2.UpscalingSupport(
+            factor=engine.latents.downsampling, max_noise_level=engine.upscaling.max_noise_level
+        ),
         estimates_depth="depth_estimator" in engine.optional_roles,
         conditioning=CONDITIONING_NAMES.number(engine.conditioning),  # type: ignore[arg-type]
         loras=[_lora_info(lora) for lora in engine.loras],
