@@ -116,7 +116,7 @@ def test_the_same_command_with_a_placement_changes_where_models_run_and_no_weigh
     shutil.copytree(added[0], tmp_path, dirs_exist_ok=True)
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = ("add", str(source), "--title", "Small")
-    flags = "--device gpu --precision fp16 --compile --threads 2 --decode-tile 320".split()
+    flags = ["--device", "gpu", "--precision", "fp16", "--compile", "--threads", "2", "--decode-tile", "320"]
     assert run(tmp_path, *again, *flags) == 0
     tile = load_engine(tmp_path / "engines/small-model-v1").decode_tile
     assert (tile and (tile.size, tile.overlap)) == (320, 80)
@@ -250,7 +250,9 @@ class Stored:
     def __init__(self, folder: Path) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        self.transformers_text_encoder = copy.deepcopy(MODEL.transformers_text_encoder).half().float()
+        self.transformers_text_encoder = (
+            copy.deepcopy(MODEL.transformers_text_encoder).to(torch.float16).to(torch.float32)
+        )
 
 
 def twin(repository: Path) -> None:

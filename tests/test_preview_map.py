@@ -22,7 +22,7 @@ def test_a_linear_decoder_is_found_exactly() -> None:
     matrix, bias = rng.uniform(-0.1, 0.1, (3, 4)), np.array([0.5, 0.4, 0.6])
     latents = rng.standard_normal((4, 6, 9)).astype(np.float32)
     colours = np.tensordot(matrix, latents, axes=1).transpose(1, 2, 0) + bias
-    found = fit([(latents, (colours * 255).repeat(8, axis=0).repeat(8, axis=1))])  # type: ignore[list-item]
+    found = fit([(latents, (colours * 255).repeat(8, axis=0).repeat(8, axis=1))])
     np.testing.assert_allclose(found.matrix, matrix, atol=1e-4)
     np.testing.assert_allclose(found.bias, bias, atol=1e-4)
     assert found.missed < 1e-6

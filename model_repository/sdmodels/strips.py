@@ -45,7 +45,8 @@ class _Norm:
         groups = norm.num_groups
         mean, square = (torch.zeros(len(layer), groups, dtype=torch.float64, device=layer.device) for _ in range(2))
         for top, bottom in _strips(layer.shape[2]):
-            rows = layer[:, :, top:bottom].float().unflatten(1, (groups, -1))
+            rows = layer[:, :, top:bottom].float()
+            rows = rows.view(len(rows), groups, -1, *rows.shape[2:])
             spread, middle = (each.double() for each in torch.var_mean(rows, dim=(2, 3, 4), correction=0))
             share = (bottom - top) / layer.shape[2]
             mean += share * middle

@@ -81,7 +81,7 @@ def convert(options: Options, report: Report) -> dict[str, Any]:
             "plan": plan,
         },
     }
-    return facts | _written(checkpoint, clip and clip.path, options, plan, report)
+    return facts | _written(checkpoint, clip.path if clip else None, options, plan, report)
 
 
 def _located(options: Options, report: Report) -> Fetched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def fetch_files(
         paths, before = {}, 0
         for name in names:
             report(name, before, total)
-            counts = _counts(lambda there, name=name, before=before: report(name, before + there, total))
+            counts = _counts(partial(_report, report, name, before, total))
             paths[name] = huggingface_hub.hf_hub_download(repository, name, revision=info.sha, tqdm_class=counts)
             before += siblings[name].size or 0
     except RepositoryNotFoundError as error:
@@ -91,6 +92,10 @@ def fetch_files(
         ) from error
     digests = {name: lfs.sha256 for name in names if (lfs := siblings[name].lfs) is not None}
     return Fetched(Path(paths[names[0]]), info.sha or "", digests)
+
+
+def _report(report: Callable[[str, int, int], None], name: str, before: int, total: int, there: int) -> None:
+    report(name, before + there, total)
 
 
 def _counts(on_bytes: Callable[[int], None]) -> type[Any]:
