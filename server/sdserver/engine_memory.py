@@ -23,8 +23,9 @@ UNET_NUMBERS = 20
 VAE_NUMBERS = 8
 # Rows of one image with guidance.
 ROWS = 2
-# `sdmodels` computes in half precision in these on a GPU, or in bf16 on a CPU that has it, and in float32 in all others.
+# `sdmodels` computes in half precision in these on a GPU, and in float32 in all others.
 HALF_ROLES = ("unet", "unet_cache", "vae_decoder", "vae_encoder")
+# In these on a CPU that computes in bf16.
 BF16_ROLES = ("unet", "unet_cache", "vae_decoder")
 
 # Which weights a role reads: file, and prefixes that it leaves out or takes alone.
