@@ -63,7 +63,7 @@ check-helm: .venv/.ready .venv/checkov/.ready ## The chart, further than `make t
 	.venv/checkov/bin/checkov --directory helm/golden --config-file helm/checkov.yaml
 
 check-images: .venv/.ready ## The server's image, by the steps of its Dockerfile in a folder of its own.
-	CHECK_IMAGES=1 $(BIN)/python -m pytest -s tests/test_images.py
+	CHECK_IMAGES=1 $(BIN)/python -m pytest -s tests/test_images_install.py
 
 train: .venv/.ready ## Make an engine from nothing: world, autoencoder, CLIP, UNet, evaluation, card. Hours; resumes.
 	OMP_WAIT_POLICY=PASSIVE nice -n 19 $(BIN)/python -m training

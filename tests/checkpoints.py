@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from open_clip import CLIP
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,20 @@ Tensors = dict[str, torch.Tensor]
 VOCABULARY = 49408
 TEXT_WIDTH = 64
 TEXT_BLOCKS = 4
+FURTHER_CHANNELS = {"none": 0, "inpainting": 5, "depth": 1}
+PIPELINES = {
+    "none": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "depth": "StableDiffusionDepth2ImgPipeline",
+}
+# As that of SD 2.0 depth, but for the sizes.
+DEPTH_PREPROCESSOR: dict[str, Any] = {
+    "feature_extractor_type": "DPTFeatureExtractor",
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+    "size": 64,
+}
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -45,6 +59,7 @@ class Model:
 
     family: Literal["1", "2"]
     prediction_type: str
+    conditioning: Literal["none", "inpainting", "depth"] = "none"
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -53,6 +68,7 @@ class Model:
         torch.manual_seed(1)
         return UNet2DConditionModel(
             sample_size=96 if self.prediction_type == "v_prediction" else 64,
+            in_channels=4 + FURTHER_CHANNELS[self.conditioning],
             block_out_channels=channels,
             attention_head_dim=[width // 64 for width in channels] if two else 8,
             cross_attention_dim=TEXT_WIDTH,
@@ -63,13 +79,55 @@ class Model:
     @cached_property
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(2)
-        return AutoencoderKL(
+        vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(32, 32, 64, 64),
             layers_per_block=2,
             sample_size=768 if self.prediction_type == "v_prediction" else 512,
         ).eval()
+        with torch.no_grad():
+            # A posterior without spread: diffusers' pipelines take a sample of it, and the service its mean.
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+        return vae
+
+    @cached_property
+    def depth_estimator(self) -> DPTForDepthEstimation:
+        """A hybrid as MiDaS' own: a transformer on the features of a residual network."""
+        torch.manual_seed(5)
+        module: DPTForDepthEstimation = DPTForDepthEstimation(
+            DPTConfig(
+                is_hybrid=True,
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=64,
+                backbone_out_indices=[0, 1, 2, 3],
+                neck_hidden_sizes=[16, 24, 32, 32],
+                fusion_hidden_size=16,
+                backbone_featmap_shape=[1, 64, 4, 4],
+                backbone_config={
+                    "model_type": "bit",
+                    "global_padding": "same",
+                    "layer_type": "bottleneck",
+                    "depths": [1, 1, 1],
+                    "out_features": ["stage1", "stage2", "stage3"],
+                    "embedding_dynamic_padding": True,
+                    "embedding_size": 16,
+                    "hidden_sizes": [16, 24, 64, 64],
+                    "num_groups": 4,
+                },
+            )
+        )
+        with torch.no_grad():
+            # transformers' own initialisation gives depths that are all but the same.
+            for name, parameter in module.named_parameters():
+                if parameter.ndim > 1 and not name.startswith("dpt.embeddings"):
+                    torch.nn.init.kaiming_uniform_(parameter, a=1)
+        module.requires_grad_(False).train(False)
+        return module
 
     @cached_property
     def clip(self) -> CLIP:
@@ -137,7 +195,10 @@ class Model:
         self.unet.save_pretrained(folder / "unet", **options)
         self.vae.save_pretrained(folder / "vae", **options)
         self.transformers_text_encoder.save_pretrained(folder / "text_encoder", **options)
-        _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+        if self.conditioning == "depth":
+            self.depth_estimator.save_pretrained(folder / "depth_estimator", **options)
+            _write(folder / "feature_extractor/preprocessor_config.json", DEPTH_PREPROCESSOR)
+        _write(folder / "model_index.json", {"_class_name": PIPELINES[self.conditioning]})
         _write(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": self.prediction_type})
         (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# A model card\n")
         return folder

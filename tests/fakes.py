@@ -13,9 +13,9 @@ from sdserver.backends import EncodedText
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Bytes, Floats, Integers, Pixels
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 WORDS_A_CHUNK = 75
 
@@ -37,13 +37,19 @@ class FakeBackend:
     ready: bool = True
     not_finite: bool = False
     texts: list[str] = field(default_factory=list)
+    text_loras: list[tuple[Lora, ...]] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    conditionings: list[Floats] = field(default_factory=list)
+    """The channels after the latents, of each row."""
     whole: list[float] = field(default_factory=list)
     """The timesteps of rows whose features were asked for."""
     cached: list[tuple[float, float]] = field(default_factory=list)
     """The timesteps of rows from features, and those of their features."""
+    lora_batches: list[tuple[Bytes, Floats]] = field(default_factory=list)
+    """The digests and weights of calls with LoRAs."""
     decoded: int = 0
     encoded: list[Pixels] = field(default_factory=list)
+    depths_estimated: int = 0
     clip_seeds: list[int] = field(default_factory=list)
     clip_targets: list[Floats] = field(default_factory=list)
     clip_error: Exception | None = None
@@ -72,9 +78,12 @@ class FakeBackend:
             + len(self.clip_seeds)
         )
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         self._fail()
         self.texts.append(text)
+        self.text_loras.append(loras)
         await asyncio.sleep(self.encode_delay)
         tokens = len(text.split())
         chunks = max(1, -(-tokens // WORDS_A_CHUNK))
@@ -88,7 +97,10 @@ class FakeBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         self._fail()
+        assert latents.shape[1] == engine.unet_channels
         self.batches.append(len(latents))
+        latents, conditioning = np.split(latents, [engine.latents.channels], axis=1)
+        self.conditionings += list(conditioning)
         self.running += 1
         try:
             await asyncio.sleep(self.delay)
@@ -120,6 +132,19 @@ class FakeBackend:
         self.cached += zip(timesteps.tolist(), features[:, 0, 0, 0].tolist(), strict=True)
         return await self.predict(engine, latents, timesteps, features[:, 1:2].mean(axis=(2, 3)).reshape(-1, 1, 1))
 
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        """As `predict`, of texts that mean so much more as the weights' sum."""
+        self.lora_batches.append((digests, weights))
+        return await self.predict(engine, latents, timesteps, text_states + weights.sum(axis=1)[:, None, None])
+
     def _alpha_and_sigma(self, engine: Engine, timesteps: Floats) -> tuple[Floats, Floats]:
         assert engine.prediction_type == "v_prediction"
         schedule = engine.noise_schedule
@@ -139,10 +164,16 @@ class FakeBackend:
         self.encoded += list(pixels)
         scale = engine.latents.downsampling
         count, height, width, _ = pixels.shape
-        cells = pixels.reshape(count, height // scale, scale, width // scale, scale, 3).mean(axis=(2, 4))
+        cells = pixels[..., :3].reshape(count, height // scale, scale, width // scale, scale, 3).mean(axis=(2, 4))
         colours = ((cells - 128) / 127).transpose(0, 3, 1, 2)
         rest = np.zeros((count, engine.latents.channels - 3, *colours.shape[2:]))
         return np.asarray(np.concatenate([colours, rest], axis=1), np.float32)
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """What is red is near."""
+        self._fail()
+        self.depths_estimated += len(pixels)
+        return pixels[..., 0].astype(np.float32)
 
     async def classify(self, pictures: Pixels) -> Floats:
         self._fail()
@@ -171,6 +202,7 @@ class FakeBackend:
         self.unet_gradients += len(latents)
         # `predict` is linear in its latents.
         alpha, sigma = self._alpha_and_sigma(engine, timesteps)
+        assert latents.shape[1] == engine.unet_channels
         return np.asarray(alpha / sigma * gradients, np.float32)
 
     async def load(self, engine: Engine) -> None:

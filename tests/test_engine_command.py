@@ -250,9 +250,9 @@ class Stored:
     def __init__(self, folder: Path) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        self.transformers_text_encoder = (
-            copy.deepcopy(MODEL.transformers_text_encoder).to(torch.float16).to(torch.float32)
-        )
+        self.transformers_text_encoder: torch.nn.Module = copy.deepcopy(MODEL.transformers_text_encoder)
+        for weight in self.transformers_text_encoder.parameters():
+            weight.data = weight.data.half().float()
 
 
 def twin(repository: Path) -> None:

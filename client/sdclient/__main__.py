@@ -23,12 +23,12 @@ from ._image_flags import add_image_flags, image_options
 from ._inspect import inspect
 from ._reproduce import reproduce
 from ._terminal import print_sections, progress_bar
-from ._types import Blending, BlockCache, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
+from ._types import Blending, BlockCache, GenerateOptions, Lora, Output, Prompt, Sampler, Schedule, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ._types import Engine
+    from ._types import Engine, LoraInfo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--churn", type=float, help="noise that euler, heun or dpm2 adds before its steps, 0 to 100")
     option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
     option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
+    option("--lora", dest="loras", action="append", type=_lora, metavar="NAME:WEIGHT", help="a LoRA; may be repeated")
     option("--block-cache", type=int, metavar="STEPS", help="run the whole UNet only in the first of so many steps")
     option("--window", type=int, metavar="PIXELS", help="denoise large images in windows of this size; 0: as a whole")
     option("--window-overlap", type=int, metavar="PIXELS", help="overlap of windows")
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     option("-o", "--output", dest="made", type=_file, metavar="FILE", help="default: FILE-again, in the same format")
     option("--init", type=Path, metavar="FILE", help="the initial image that it was made from")
     option("--mask", type=Path, metavar="FILE", help="the mask that it was made with")
+    option("--depth-map", type=Path, metavar="FILE", help="the depth map that it was made with")
     option("--force", action="store_true", help="go on with another version of the engine, or with other pixels")
     option("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
     return parser
@@ -144,6 +146,14 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers such as 7,0,42") from None
 
 
+def _lora(text: str) -> Lora:
+    name, colon, weight = text.partition(":")
+    try:
+        return Lora(name, float(weight) if colon else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no LoRA such as ink-style or ink-style:0.8") from None
+
+
 def _report(error: SDError) -> None:
     text = "the request is not valid" if error.violations else str(error)
     print(f"sdclient: {text}", file=sys.stderr)
@@ -160,7 +170,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompts = [*arguments.prompts, *(Prompt(text, -1.0) for text in arguments.negative)]
     # A flag with the name of an option may say only a part of it, as --mask does.
     chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
-    for name in ("mask", "outpaint", "two_pass", "block_cache"):
+    for name in ("mask", "outpaint", "depth_map", "two_pass", "block_cache"):
         del chosen[name]
     options = cast("GenerateOptions", {**chosen, **image_options(arguments)})
     options["clip_guidance"] = clip_guidance(arguments)
@@ -265,6 +275,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
             arguments.made,
             init=arguments.init,
             mask=arguments.mask,
+            depth_map=arguments.depth_map,
             force=arguments.force,
             timeout=arguments.timeout,
         )
@@ -296,6 +307,11 @@ def _clip_presets(engine: Engine) -> str:
     )
 
 
+def _lora_line(lora: LoraInfo) -> str:
+    about = ", ".join(lora.trigger_words), lora.license.name if lora.license else ""
+    return " ".join([lora.name, *(f"({each})" for each in about if each)])
+
+
 def _print_table(engines: Sequence[Engine]) -> None:
     sections = []
     for engine in engines:
@@ -320,7 +336,10 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "formats": ", ".join(engine.media_types),
             "safety check": engine.safety_mode or "unknown",
             "CLIP guidance": _clip_presets(engine),
+            "conditioning": (engine.conditioning or "unknown")
+            + (", estimated from initial images" if engine.estimates_depth else ""),
             "block caching": "yes" if engine.block_cache else "none",
+            "LoRAs": "; ".join(map(_lora_line, engine.loras)) or "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
             "restrictions": engine.license.use_restrictions or "none",
         }

@@ -6,7 +6,7 @@ alone: `Accepted.options` says what it chose, `Engine.defaults` what it will cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -183,6 +183,32 @@ class Mask:
         return cls(_encoded(picture), feather)
 
 
+@dataclass(frozen=True, slots=True)
+class DepthMap:
+    """How far away everything in the result is: bright is near, dark is far; only differences count.
+
+    DepthMap.open("depth.png")    # a file
+    DepthMap.of(drawing)          # a Pillow image
+    """
+
+    data: bytes = field(repr=False)
+    """An encoded PNG, JPEG or WebP, read as grey, of 16 bits where it has them."""
+    fit: Fit | None = None
+    """How it becomes as wide and high as the result; what `contain` leaves open is far."""
+    sha256: str | None = None
+    """SHA-256 of `data` in lower-case hex. Resolved options have it, and no `data`."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, fit: Fit | None = None) -> DepthMap:
+        """The map in a file."""
+        return cls(Path(path).read_bytes(), fit)
+
+    @classmethod
+    def of(cls, picture: Image | PILImage, *, fit: Fit | None = None) -> DepthMap:
+        """A generated image as it is, or a Pillow image as PNG."""
+        return cls(_encoded(picture), fit)
+
+
 def _encoded(picture: Image | PILImage) -> bytes:
     from io import BytesIO
 
@@ -258,6 +284,22 @@ class BlockCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of the engine."""
+
+    name: str
+    """Name of one of `Engine.loras`."""
+    weight: float | None = None
+    """How strongly it acts, -4 to 4; 0 switches it off, None is 1."""
+    sha256: str | None = None
+    """`LoraInfo.sha256` that it has to have. Resolved options have it."""
+
+
+Loras = Sequence[Lora] | Mapping[str, float]
+"""LoRAs, or their weights by name."""
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """File format of the images."""
 
@@ -319,10 +361,15 @@ class GenerateOptions(TypedDict, total=False):
     """Repaints only a part of `init_image`."""
     outpaint: Outpaint | None
     """Extends `init_image` beyond its borders."""
+    depth_map: DepthMap | None
+    """How far away everything is; only where `Engine.conditioning` is `depth`, and required there unless
+    `Engine.estimates_depth` and there is an `init_image`."""
     variation: Variation | None
     """Makes variations of the image of `seed`, which all images then have."""
     two_pass: TwoPass | None
     """Generates a smaller image first and enlarges it."""
+    loras: Loras | None
+    """LoRAs of `Engine.loras`, at most 8, for all prompts and steps: `{"name": 0.8}`, or `[Lora("name", 0.8)]`."""
     block_cache: BlockCache | None
     """Runs the whole UNet only in some of the steps; only where `Engine.block_cache`."""
     windows: Windows | None
@@ -419,6 +466,11 @@ SafetyMode = Literal["off", "flag", "blur", "block"]
 is, sent blurred beyond recognition, or not sent. Previews are unchecked: `blur` blurs them, `block` leaves them out."""
 
 
+Conditioning = Literal["none", "inpainting", "depth"]
+"""What an engine's UNet takes beside noise and prompts: nothing, what is kept of `init_image` and where, or
+`depth_map`."""
+
+
 @dataclass(frozen=True, slots=True)
 class WindowDefaults:
     """How an engine denoises images larger than it was trained for."""
@@ -427,6 +479,26 @@ class WindowDefaults:
     """Width and height of a window, in pixels."""
     overlap: int
     """Overlap of neighbours, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """A LoRA of an engine: small changes to its weights, for a style or a subject."""
+
+    name: str
+    """Names it in requests."""
+    title: str
+    """Name for people. May be empty."""
+    description: str
+    """What it is for. May be empty."""
+    trigger_words: tuple[str, ...]
+    """Words for the prompt that it was trained on. May be empty."""
+    sha256: str
+    """The same engine, request and LoRAs give the same images."""
+    text_encoder: bool
+    """Whether it changes the text encoder, too."""
+    license: License | None = None
+    """Under which terms it may be used. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,3 +542,9 @@ class Engine:
     """What the server's safety check does. None: it does not say."""
     block_cache: bool = False
     """Whether it takes `block_cache`."""
+    estimates_depth: bool = False
+    """Whether it estimates the depth of `init_image` where a request has no `depth_map`."""
+    conditioning: Conditioning | None = None
+    """What its UNet takes beside noise and prompts. None: the server does not say, or this version does not know it."""
+    loras: tuple[LoraInfo, ...] = ()
+    """What `loras` may name. They come and go while the server runs, and leave `digest` as it is."""

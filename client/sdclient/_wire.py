@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -34,6 +35,8 @@ from ._types import (
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,
+    Conditioning,
+    DepthMap,
     Emphasis,
     Engine,
     EngineDefaults,
@@ -43,6 +46,8 @@ from ._types import (
     GuidanceInterval,
     InitImage,
     License,
+    Lora,
+    LoraInfo,
     Mask,
     Outpaint,
     Output,
@@ -60,7 +65,6 @@ from ._types import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
     import grpc
     from google.protobuf.descriptor import FieldDescriptor
@@ -105,6 +109,7 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
 # Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "Blending": get_args(Blending),
+    "Conditioning": get_args(Conditioning),
     "Fit": get_args(Fit),
     "SafetyMode": get_args(SafetyMode),
     "SafetyOutcome": get_args(SafetyOutcome),
@@ -117,7 +122,7 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults, Lora, LoraInfo),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),
@@ -168,6 +173,8 @@ def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:
     violations: dict[str, str] = {}
     values: dict[str, Any] = {"prompts": _read_prompts(prompts, violations), **options}
     values.pop("timeout", None)
+    if isinstance(loras := values.get("loras"), Mapping):
+        values["loras"] = [Lora(name, weight) for name, weight in loras.items()]
     for name, value in values.items():
         field = _fields_by_name(request).get(name)
         if field is None:

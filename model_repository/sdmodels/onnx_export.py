@@ -32,7 +32,7 @@ OPSET = 22
 
 
 class _UNet(torch.nn.Module):
-    """`latents` [B, 4, h, w], `timestep` [B, 1] and `text_states` [B, T, D] to `prediction`, all float32."""
+    """`latents` [B, U, h, w], `timestep` [B, 1] and `text_states` [B, T, D] to `prediction`, all float32."""
 
     def __init__(self, engine_folder: Path, precision: Precision) -> None:
         super().__init__()

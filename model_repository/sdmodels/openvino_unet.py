@@ -62,7 +62,7 @@ class OpenVinoUNet:
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, T, D].
+        """[B, 4, h, w] prediction for latents [B, U, h, w], timesteps [B] and text states [B, T, D].
 
         As `sdmodels.unet.UNet.__call__`. Raises `InvalidInput` where the numbers of rows disagree.
         """

@@ -23,7 +23,7 @@ from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
 from sdmodels.light_imports import leave_out_unused
 from sdmodels.parameters import is_compiled, row_buckets
-from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, prepare_torch
+from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, load_unet_lora, prepare_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,9 +122,11 @@ class TextEncoderModel(BackendModel):
     `text` BYTES [1, 1], `emphasis_range` INT32 [1, E, 2] (start and end in code points, end exclusive),
     `emphasis_factor` FP32 [1, E] -> `text_states` FP32 [1, chunks * context_length, D], `token_count` and `chunk_count`
     INT32 [1, 1], and with CLIP guidance `text_features` FP32 [1, F].
+
+    Optional: the SHA-256 of K LoRAs as `lora_digest` UINT8 [1, K, 32], and their `lora_weight` FP32 [1, K].
     """
 
-    inputs = ("text", "emphasis_range", "emphasis_factor")
+    inputs = ("text", "emphasis_range", "emphasis_factor", "lora_digest", "lora_weight")
     outputs = ("text_states", "token_count", "chunk_count", "text_features")
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
@@ -132,9 +134,11 @@ class TextEncoderModel(BackendModel):
 
         encode = TextEncoder(engine_folder, device)
 
-        def run(text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32]) -> Arrays:
+        def run(
+            text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32], *loras: NDArray[Any]
+        ) -> Arrays:
             emphasis = [(start, end, factor) for (start, end), factor in zip(ranges[0], factors[0], strict=True)]
-            encoding = encode(_utf8(text[0, 0]), emphasis)
+            encoding = encode(_utf8(text[0, 0]), emphasis, *(array[0] for array in loras))
             token_count, chunk_count = (np.array([[count]], np.int32) for count in (encoding.tokens, encoding.chunks))
             outputs = encoding.states[None], token_count, chunk_count
             return outputs if encoding.features is None else (*outputs, encoding.features[None])
@@ -143,7 +147,7 @@ class TextEncoderModel(BackendModel):
 
 
 class UNetModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
@@ -162,7 +166,7 @@ class UNetModel(BackendModel):
 
 
 class UNetCacheModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
     last F channels are features; with those of another step as `features` [B, F, h, w], [B, 4, h, w].
 
     See `sdmodels.unet_cache.UNetCache`. A request has features in all of its rows, or in none.
@@ -187,6 +191,28 @@ class UNetCacheModel(BackendModel):
         return run
 
 
+class UNetLoraModel(BackendModel):
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D]; the SHA-256 of up to K LoRAs of each row
+    as UINT8 `lora_digest` [B, K, 32], and their FP32 `lora_weight` [B, K], 0 for none -> `prediction` [B, 4, h, w].
+
+    Always by torch, on a CPU in float32. `lora_cache_mb` of LoRAs stay on the device.
+    """
+
+    inputs = ("latents", "timestep", "text_states", "lora_digest", "lora_weight")
+    outputs = ("prediction",)
+
+    def start(self, engine_folder: Path, device: str, threads: int) -> Callable[..., Arrays]:
+        options: dict[str, Any] = {"row_buckets": row_buckets(self.parameters)}
+        if device != "cpu":
+            options["precision"] = self.parameters.get("precision", "")
+        if "lora_cache_mb" in self.parameters:
+            options["cache_bytes"] = int(self.parameters["lora_cache_mb"]) * 2**20
+        denoise = load_unet_lora(engine_folder, threads, device=device, **options)
+        return lambda latents, timestep, text_states, digests, weights: (
+            denoise(latents, timestep[:, 0], text_states, digests, weights),
+        )
+
+
 class VaeDecoderModel(BackendModel):
     """`latents` FP32 [B, 4, h, w] -> `image` UINT8 [B, 8h, 8w, 3]."""
 
@@ -203,7 +229,7 @@ class VaeDecoderModel(BackendModel):
 
 
 class VaeEncoderModel(BackendModel):
-    """`image` UINT8 [B, 8h, 8w, 3] -> `latents` FP32 [B, 4, h, w]."""
+    """`image` UINT8 [B, 8h, 8w, 3], or 4 with transparency -> `latents` FP32 [B, 4, h, w]."""
 
     inputs = ("image",)
     outputs = ("latents",)
@@ -214,6 +240,19 @@ class VaeEncoderModel(BackendModel):
 
         encode = VaeEncoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
         return lambda image: (encode(image),)
+
+
+class DepthEstimatorModel(BackendModel):
+    """`image` UINT8 [B, H, W, 3] -> `depth` FP32 [B, h, w], at the estimator's own resolution."""
+
+    inputs = ("image",)
+    outputs = ("depth",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.depth import DepthEstimator
+
+        estimate = DepthEstimator(engine_folder, device)
+        return lambda image: (estimate(image),)
 
 
 class SafetyClassifierModel(BackendModel):
@@ -250,7 +289,7 @@ class ClipGuidanceModel(BackendModel):
 
 
 class UNetGradientModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
     [B, 4, h, w] -> `latent_gradient` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states", "gradient")

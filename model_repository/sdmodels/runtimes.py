@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sdmodels.unet_lora import UNetLora
+
     Floats = NDArray[np.float32]
     Predict = Callable[[Floats, Floats, Floats], Floats]
 
@@ -134,6 +136,32 @@ def load_unet_cache(
     from sdmodels.unet_cache import UNetCache
 
     return UNetCache(engine_folder, device, chosen(precision, device, unet_precision), row_buckets)
+
+
+def load_unet_lora(
+    engine_folder: Path,
+    threads: int,
+    precision: str = "",
+    *,
+    device: str = "",
+    row_buckets: Sequence[int] = (),
+    cache_bytes: int | None = None,
+) -> UNetLora:
+    """The network with LoRAs, always by torch; `cache_bytes` as `UNetLora` has them, otherwise as `load_unet`."""
+    device = device or default_device()
+    prepare_torch(device, threads)
+
+    from sdmodels.loras import CACHE_BYTES
+    from sdmodels.precision import chosen, unet_precision
+    from sdmodels.unet_lora import UNetLora
+
+    return UNetLora(
+        engine_folder,
+        device,
+        chosen(precision, device, unet_precision),
+        row_buckets,
+        CACHE_BYTES if cache_bytes is None else cache_bytes,
+    )
 
 
 def _chosen(runtime: str, device: str) -> str:

@@ -88,11 +88,11 @@ class UNet:
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, T, D].
+        """[B, 4, h, w] prediction for latents [B, U, h, w], timesteps [B] and text states [B, T, D].
 
-        T may be any number of text states: the UNet attends to all of them. Timesteps count from 0 to 999 and may lie
-        between two. Whether noise or velocity is predicted is the engine's matter. Raises `InvalidInput` where the
-        numbers of rows disagree.
+        U is 4 and, in UNets that take more than noisy latents, the channels of that after them. T may be any number of
+        text states: the UNet attends to all of them. Timesteps count from 0 to 999 and may lie between two. Whether
+        noise or velocity is predicted is the engine's matter. Raises `InvalidInput` where the numbers of rows disagree.
         """
         if not len(latents) == len(timesteps) == len(text_states):
             raise InvalidInput(

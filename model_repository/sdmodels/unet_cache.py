@@ -118,7 +118,7 @@ class UNetCache:
         text_states: NDArray[np.float32],
         features: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """[B, 4 + F, h, w]: the whole network's prediction for latents [B, 4, h, w], timesteps [B] and text states
+        """[B, 4 + F, h, w]: the whole network's prediction for latents [B, U, h, w], timesteps [B] and text states
         [B, T, D], and its features; with features [B, F, h, w] the prediction [B, 4, h, w] of the outermost blocks.
 
         As `sdmodels.unet.UNet.__call__`. Raises `InvalidInput` where the numbers of rows disagree.

@@ -42,11 +42,12 @@ class VaeEncoder:
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3].
+        """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3], or RGBA [B, 8h, 8w, 4].
 
-        The mean of the posterior, and no sample of it: its spread is far below what can be seen, and the same picture
-        has the same latents. Rows are encoded one by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes
-        that are no multiples of 8.
+        Transparent pixels are 0 for the encoder, between the bytes 127 and 128: what inpainting UNets are shown in the
+        place of what they are to paint. Any other opacity counts for nothing. The mean of the posterior, and no sample
+        of it: its spread is far below what can be seen, and the same picture has the same latents. Rows are encoded one
+        by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes that are no multiples of 8.
         """
         return np.stack([self._encode(row) for row in pixels])
 
@@ -58,12 +59,15 @@ class VaeEncoder:
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         height, width, channels = pixels.shape
-        if channels != 3 or not height or not width or height % self._downsampling or width % self._downsampling:
+        step = self._downsampling
+        if channels not in (3, 4) or not height or not width or height % step or width % step:
             raise InvalidInput(
-                f"{width} x {height} pixels of {channels} channels: width and height must be multiples of "
-                f"{self._downsampling}, and channels 3"
+                f"{width} x {height} pixels of {channels} channels: width and height must be multiples of {step}, "
+                "and channels 3 or 4"
             )
-        image = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        image = torch.tensor(pixels[..., :3], dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        if channels == 4:
+            image[..., torch.from_numpy(pixels[..., 3] == 0)] = 0
         latents = self._encode_image(image.to(self._device, memory_format=torch.channels_last))[0]
         encoded: NDArray[np.float32] = latents.contiguous().cpu().numpy()
         return encoded

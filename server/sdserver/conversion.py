@@ -35,6 +35,11 @@ def prepare(options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], Non
     return _run("prepare", options, on_event)
 
 
+def add_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a LoRA (`sdmodels.conversion.lora`), after its file is written; otherwise as `convert`."""
+    return _run("lora", options, lambda _: None)
+
+
 def _run(task: str, options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     command = [sys.executable, "-m", "sdmodels.conversion", task, json.dumps(dict(options))]
     # In a process group of its own: Ctrl-C is for this process, which ends that one.

@@ -24,7 +24,7 @@ VAE_NUMBERS = 8
 # Rows of one image with guidance.
 ROWS = 2
 # `sdmodels` computes in half precision in these on a GPU, and in float32 in all others.
-HALF_ROLES = ("unet", "unet_cache", "vae_decoder", "vae_encoder")
+HALF_ROLES = ("unet", "unet_cache", "unet_lora", "vae_decoder", "vae_encoder")
 # In these on a CPU that computes in bf16.
 BF16_ROLES = ("unet", "unet_cache", "vae_decoder")
 
@@ -35,9 +35,11 @@ _READ: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "text_encoder": (("clip/", ("visual.",), ()),),
     "unet": (_UNET,),
     "unet_cache": (_UNET,),
+    "unet_lora": (_UNET,),
     "unet_gradient": (_UNET,),
     "vae_decoder": (_VAE_DECODER,),
     "vae_encoder": (("vae/", ("decoder.", "post_quant_conv."), ()),),
+    "depth_estimator": (("depth_estimator/", (), ()),),
     "clip_guidance": (("clip/", (), ("visual.",)), _VAE_DECODER),
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdserver.block_cache import BlockCache
 from sdserver.clip_guidance import ClipGuide
+from sdserver.lora_rows import LoraRows
 from sdserver.step_scheduler import StepScheduler
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ class EngineSchedulers:
         self._schedulers: list[StepScheduler] = []
         self.unet = self._scheduler("unet", backend.predict, partial(unet_rows, engine, costs))
         """Takes `step_scheduler.Row`s."""
+        # Also where there are no LoRAs yet: they come while the engine runs.
+        self._unet_lora = self._scheduler("unet_lora", backend.predict_with_loras, partial(unet_rows, engine, costs))
         self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(decoder_rows, engine))
         """Takes latents [C, h, w], gives pixels [H, W, 3]."""
         self.vae_encoder: StepScheduler | None = None
-        """Takes pixels [3, H, W], gives latents [C, h, w]."""
+        """Takes pixels [3 or 4, H, W], gives latents [C, h, w]."""
+        self.depth_estimator: StepScheduler | None = None
+        """Takes pixels [3, H, W], gives depths."""
         self._clip_gradient: StepScheduler | None = None
         self._unet_gradient: StepScheduler | None = None
         if "vae_encoder" in engine.optional_roles:
@@ -53,6 +58,15 @@ class EngineSchedulers:
                 "vae_encoder",
                 lambda engine, pixels: backend.encode_image(engine, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))),
                 partial(most_rows, engine, engine.latents.downsampling**2),
+            )
+        if "depth_estimator" in engine.optional_roles:
+            # One row a call: it costs less than a step of the UNet, and is wanted once a request.
+            self.depth_estimator = self._scheduler(
+                "depth_estimator",
+                lambda engine, pixels: backend.estimate_depth(
+                    engine, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+                ),
+                lambda places: 1,
             )
         if engine.clip_guidance is not None:
             clip_rows = partial(most_rows, engine, engine.clip_guidance.max_batch_rows)
@@ -84,6 +98,11 @@ class EngineSchedulers:
     ) -> None:
         await self._stack.aclose()
 
+    def unet_of(self, request: GenerationRequest) -> StepScheduler | LoraRows:
+        """Who predicts a request's `step_scheduler.Row`s: the plain UNet, unless LoRAs change it."""
+        loras = [lora for lora in request.loras if lora.weight != 0 and lora.info.unet_modules]
+        return LoraRows(self._unet_lora, loras) if loras else self.unet
+
     def clip_guide(
         self, request: GenerationRequest, target: Array | None
     ) -> Callable[[Callable[[], int]], ClipGuide] | None:
@@ -98,7 +117,10 @@ class EngineSchedulers:
         """A cache for one pass of an image; None without block caching."""
         if request.block_cache_interval == 1 or self._with_features is None or self._from_features is None:
             return None
-        return BlockCache(request.block_cache_interval, self._with_features, self._from_features, request.tenant)
+        return BlockCache(
+            *(request.block_cache_interval, self._with_features, self._from_features),
+            *(request.tenant, self._engine.latents.channels),
+        )
 
 
 def cached_rows(engine: Engine, costs: CostModel | None, channels: int, places: int) -> int:

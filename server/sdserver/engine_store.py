@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
+# For the descriptions of engines, by what their UNets take.
+PURPOSES = {"none": "", "inpainting": " for inpainting", "depth": " that follows a depth map"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class EngineStore:
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
-        engine = Engine.model_validate(descriptor)
+        engine = Engine.model_validate(descriptor | {"loras": before.loras if before else ()})
         tower = facts["image_tower"]
         texts = model_files(engine, tower["features"] if tower else None, placement)
         texts[f"engines/{engine_id}/{DESCRIPTOR}"] = json.dumps(descriptor, indent=2) + "\n"
@@ -116,7 +118,7 @@ class EngineStore:
         """What differs between an engine's files and its descriptor; `on_bytes` gets how much was read each time."""
         folder = self.folder(engine.id)
         found = []
-        for name, digest in engine.weights.items():
+        for name, digest in engine.files.items():
             if not (folder / name).is_file():
                 found.append(f"{name} is missing")
             elif _sha256(folder / name, on_bytes) != digest:
@@ -131,21 +133,25 @@ class EngineStore:
 
     def size(self, engine: Engine) -> int:
         """Bytes of the engine's files that are there."""
-        paths = (self.folder(engine.id) / name for name in engine.weights)
+        paths = (self.folder(engine.id) / name for name in engine.files)
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def _write(self, name: str, text: str) -> bool:
-        path = self._repository / name
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        return True
+        return write_text(self._repository / name, text)
+
+
+def write_text(path: Path, text: str) -> bool:
+    """Makes a file hold a text, at once; returns whether it has not before."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return True
 
 
 def engine_id_of(source: str) -> str:
@@ -157,13 +163,15 @@ def engine_id_of(source: str) -> str:
 def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
+    purpose = PURPOSES[facts["conditioning"]]
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
     # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
     spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
-        "description": f"Stable Diffusion {facts['family']}.x at {size} x {size} pixels, from {source['name']}.",
+        "description": f"Stable Diffusion {facts['family']}.x{purpose} at {size} x {size} pixels, from "
+        f"{source['name']}.",
         "prediction_type": facts["prediction_type"],
         "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
@@ -176,11 +184,18 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         # UNets repeat themselves in images that are much larger than those of their training; decoders need memory.
         "windows": {"size": size, "overlap": size // 2},
         "decode_tile": {"size": size, "overlap": size // 4},
-        "optional_roles": ["vae_encoder", *(["clip_guidance"] if tower else [])],
+        "optional_roles": [
+            "vae_encoder",
+            *(["depth_estimator"] if facts["estimates_depth"] else []),
+            *(["clip_guidance"] if tower else []),
+        ],
         "weights": dict(sorted(facts["files"].items())),
         "license": license_.model_dump(),
         "source": source,
     }
+    if facts["conditioning"] != "none":
+        # Left out of all others, so that what was made before has the same descriptor, and digest, as ever.
+        descriptor["conditioning"] = facts["conditioning"]
     if tower:
         image_size = tower["image_size"]
         descriptor["clip_guidance"] = {

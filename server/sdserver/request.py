@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from sdserver.observation import ANONYMOUS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from sdserver.canvas import Canvas, Fit, Outpaint
-    from sdserver.engines import Engine, Windows
+    from sdserver.engines import Engine, LoraInfo, Windows
 
 Blending = Literal["text_encoder", "composable"]
 BLENDINGS: tuple[Blending, ...] = ("text_encoder", "composable")
@@ -79,6 +82,16 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class DepthMap:
+    """How far away everything of the result is: the SHA-256 of its file, and what became of it."""
+
+    sha256: str
+    fit: Fit
+    depths: NDArray[np.float32] = field(compare=False, repr=False)
+    """[H, W] of the result's size, more being nearer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Variation:
     """The noise of image `i` is moved towards that of `seed + i`, by `strength`, 0 to 1."""
 
@@ -93,6 +106,14 @@ class TwoPass:
     width: int
     height: int
     strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of the engine, and the factor of what it adds to the weights, -4 to 4."""
+
+    info: LoraInfo
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +155,12 @@ class GenerationRequest:
     mask: Mask | None = None
     """None: nothing but what has no content is repainted by itself."""
     outpaint: Outpaint | None = None
+    depth_map: DepthMap | None = None
+    """None: the engine takes none, or estimates that of the initial image."""
     variation: Variation | None = None
     two_pass: TwoPass | None = None
     """None: one pass."""
+    loras: tuple[Lora, ...] = ()
     block_cache_interval: int = 1
     """Steps from one run of the whole UNet to the next; 1: each evaluation is one."""
     windows: Windows | None = None

@@ -6,15 +6,17 @@ in and out.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from sdserver.engines import LORA_ROLE, MAX_LORAS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from sdserver.engines import Engine
 
@@ -24,8 +26,8 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached}
-    stand for an engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {unet_channels}, {pixel_channels},
+    {states}, {features} and {cached} stand for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
     optional_inputs: tuple[tuple[str, str, str], ...] = ()
 
@@ -55,8 +57,10 @@ class Placement:
     def parameters(self, role: str) -> dict[str, str]:
         """Those of one model's `config.pbtxt`."""
         said: dict[str, str] = {} if self.threads is None else {"threads": str(self.threads)}
+        if role in (*_PREDICTING, LORA_ROLE):
+            said |= {"precision": self.precision, "row_buckets": self.row_buckets}
         if role in _PREDICTING:
-            said |= {"precision": self.precision, "runtime": self.runtime, "row_buckets": self.row_buckets}
+            said["runtime"] = self.runtime
         if role in _AUTOENCODER and self.precision == "fp32":
             said["precision"] = self.precision
         if role == "unet" and self.compile:
@@ -66,7 +70,7 @@ class Placement:
 
 _LATENTS = "{channels}, -1, -1"
 _UNET_INPUTS = (
-    ("latents", "FP32", _LATENTS),
+    ("latents", "FP32", "{unet_channels}, -1, -1"),
     ("timestep", "FP32", "1"),
     ("text_states", "FP32", "-1, {states}"),
 )
@@ -81,6 +85,7 @@ _ROLES = {
             ("chunk_count", "INT32", "1"),
             ("text_features", "FP32", "{features}"),
         ),
+        (("lora_digest", "UINT8", "-1, 32"), ("lora_weight", "FP32", "-1")),
     ),
     "unet": _Role("One denoising step's prediction.", "UNetModel", _UNET_INPUTS, (("prediction", "FP32", _LATENTS),)),
     "vae_decoder": _Role(
@@ -92,8 +97,14 @@ _ROLES = {
     "vae_encoder": _Role(
         "Pixels to latents.",
         "VaeEncoderModel",
-        (("image", "UINT8", "-1, -1, 3"),),
+        (("image", "UINT8", "-1, -1, {pixel_channels}"),),
         (("latents", "FP32", _LATENTS),),
+    ),
+    "depth_estimator": _Role(
+        "How near everything in a picture is.",
+        "DepthEstimatorModel",
+        (("image", "UINT8", "-1, -1, 3"),),
+        (("depth", "FP32", "-1, -1"),),
     ),
     "clip_guidance": _Role(
         "How to change latents so that CLIP sees more of a text in them.",
@@ -119,6 +130,12 @@ _ROLES = {
         (("prediction", "FP32", "-1, -1, -1"),),
         (("features", "FP32", "{cached}, -1, -1"),),
     ),
+    LORA_ROLE: _Role(
+        "A denoising step's prediction with LoRAs.",
+        "UNetLoraModel",
+        (*_UNET_INPUTS, ("lora_digest", "UINT8", f"{MAX_LORAS}, 32"), ("lora_weight", "FP32", f"{MAX_LORAS}")),
+        (("prediction", "FP32", _LATENTS),),
+    ),
 }
 
 
@@ -137,18 +154,32 @@ def model_files(engine: Engine, features: int | None, placement: Placement | Non
     }
 
 
-def parameters(model_repository: Path, model: str) -> dict[str, str]:
-    """The parameters in a model's `config.pbtxt`; of a model that is not there, none."""
-    path = model_repository / model / "config.pbtxt"
-    if not path.exists():
-        return {}
-    config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
-    return {name: value.string_value for name, value in config.parameters.items()}
+def parameters(configuration: str) -> dict[str, str]:
+    """The parameters in the text of a model's `config.pbtxt`."""
+    said = text_format.Parse(configuration, ModelConfig()).parameters
+    return {name: value.string_value for name, value in said.items()}
+
+
+def lora_model_files(engine: Engine, unet_configuration: str) -> dict[str, str]:
+    """The files of the model of an engine's LoRAs, which runs where its UNet does, by their path in the repository."""
+    said = parameters(unet_configuration)
+    kind = re.search(r"\bKIND_(AUTO|CPU|GPU)\b", unet_configuration)
+    placement = Placement(
+        next(device for device, name in _KINDS.items() if kind is None or name == kind[0]),
+        said.get("precision", ""),
+        row_buckets=said.get("row_buckets", ""),
+        threads=int(said["threads"]) if "threads" in said else None,
+    )
+    files = model_files(engine, None, placement)
+    return {name: text for name, text in files.items() if name.startswith(f"{engine.model(LORA_ROLE)}/")}
 
 
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
     numbers = {
         "channels": engine.latents.channels,
+        "unet_channels": engine.unet_channels,
+        # Of an inpainting engine it takes those with transparency, too.
+        "pixel_channels": -1 if engine.conditioning == "inpainting" else 3,
         "states": engine.text_encoder.width,
         "features": features,
         "cached": None if engine.block_cache is None else engine.block_cache.channels,

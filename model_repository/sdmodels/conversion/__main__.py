@@ -1,5 +1,5 @@
-"""`python -m sdmodels.conversion convert | prepare '<options as JSON>'`: events, one JSON object a line, on standard
-output."""
+"""`python -m sdmodels.conversion convert | prepare | lora '<options as JSON>'`: events, one JSON object a line, on
+standard output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
 
     task, options = arguments[0], json.loads(arguments[1])
     try:
-        facts = _prepared(options) if task == "prepare" else _converted(options)
+        facts = {"convert": _converted, "prepare": _prepared, "lora": _added}[task](options)
     except ConversionError as error:
         _say({"event": "error", "message": error.message, "problems": list(error.problems)})
         return 1
@@ -45,6 +45,12 @@ def _prepared(options: dict[str, Any]) -> dict[str, Any]:
     from sdmodels.conversion.prepare import Preparation, prepare
 
     return prepare(Preparation(**options), _say)
+
+
+def _added(options: dict[str, Any]) -> dict[str, Any]:
+    from sdmodels.conversion.lora import LoraOptions, add_lora
+
+    return add_lora(LoraOptions(**options))
 
 
 def _say(event: dict[str, Any]) -> None:

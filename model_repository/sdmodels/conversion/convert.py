@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdmodels import depth
 from sdmodels.conversion.clip import clip_files, whole_clip
 from sdmodels.conversion.diffusers_folder import read_diffusers_folder, source_files
 from sdmodels.conversion.errors import ConversionError
@@ -81,7 +82,7 @@ def convert(options: Options, report: Report) -> dict[str, Any]:
             "plan": plan,
         },
     }
-    return facts | _written(checkpoint, clip.path if clip else None, options, plan, report)
+    return facts | _written(checkpoint, None if clip is None else clip.path, options, plan, report)
 
 
 def _located(options: Options, report: Report) -> Fetched:
@@ -166,6 +167,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family,
         "prediction_type": checkpoint.prediction_type,
         "noise_schedule": checkpoint.noise_schedule,
+        "conditioning": checkpoint.conditioning,
+        "estimates_depth": checkpoint.depth_estimator is not None,
         "latents": {"channels": checkpoint.vae.config["latent_channels"], "downsampling": checkpoint.downsampling},
         "text_encoder": {
             "context_length": text["context_length"],
@@ -204,6 +207,10 @@ def _written(
         "vae/config.json": checkpoint.vae.config,
         "clip/open_clip_config.json": clip.config,
     }
+    if (estimator := checkpoint.depth_estimator) is not None:
+        weights[f"{depth.FOLDER}/{depth.WEIGHTS}"] = estimator.tensors
+        configs[f"{depth.FOLDER}/config.json"] = estimator.config
+        configs[f"{depth.FOLDER}/{depth.PREPROCESSOR}"] = estimator.preprocessor
     total = sum(size_of(tensors, dtype) for tensors in weights.values())
     done = 0
     folder = Path(options.into)

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdmodels.conversion.clip import CONFIG, WEIGHTS
-from sdmodels.conversion.diffusers_folder import COMPONENTS, CONFIGURATIONS, OPTIONAL_FILES, weights_names
+from sdmodels.conversion.diffusers_folder import (
+    COMPONENTS,
+    CONFIGURATIONS,
+    DEPTH_FILES,
+    OPTIONAL_COMPONENTS,
+    OPTIONAL_FILES,
+    weights_names,
+)
 from sdmodels.conversion.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -118,8 +125,9 @@ def _wanted(repository: str, names: Sequence[str], dtype: str) -> list[str]:
     if "model_index.json" not in names:
         files: Any = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
         raise ConversionError(f"{repository} is no folder of diffusers: choose a checkpoint with --file", files)
-    wanted = [name for name in (*CONFIGURATIONS, *OPTIONAL_FILES) if name in names]
-    for component in COMPONENTS:
+    optional = (*OPTIONAL_FILES, *(DEPTH_FILES if DEPTH_FILES[0] in names else ()))
+    wanted = [name for name in (*CONFIGURATIONS, *optional) if name in names]
+    for component in (*COMPONENTS, *OPTIONAL_COMPONENTS):
         inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
         wanted += [f"{component}/{name}" for name in weights_names(inside, component, dtype)]
     return wanted

@@ -80,7 +80,7 @@ def read_original(path: Path, prediction_type: str | None) -> Checkpoint:
         "end" if family == "1" else "zero",
         "",
         (path,),
-        _others(tensors),
+        ignored=_others(tensors),
     )
 
 
@@ -209,10 +209,11 @@ def _said_by_yaml(path: Path) -> str | None:
 
 
 def _said_by_name(path: Path) -> str | None:
-    """The publisher's own file names: v2-1_768-ema-pruned, 768-v-ema, v2-1_512-ema-pruned, 512-base-ema."""
+    """The publisher's own file names: v2-1_768-ema-pruned, 768-v-ema, v2-1_512-ema-pruned, 512-base-ema,
+    512-inpainting-ema, 512-depth-ema."""
     if re.match(r"(v2-1_768|768-v)-", path.name):
         return "v_prediction"
-    if re.match(r"(v2-1_512|512-base)-", path.name):
+    if re.match(r"(v2-1_512|512-base|512-inpainting|512-depth)-", path.name):
         return "epsilon"
     return None
 

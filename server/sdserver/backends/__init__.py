@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,12 +39,17 @@ class Backend(Protocol):
     them fails; cancelling a call withdraws it where it runs.
     """
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
-        """Text states from the penultimate layer of the text tower, emphasis applied."""
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
+        """Text states from the penultimate layer of the text tower, with LoRAs and emphasis applied."""
         ...
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
-        """[B, C, h, w] UNet predictions for latents [B, C, h, w], timesteps [B], text states [B, tokens, width]."""
+        """[B, C, h, w] UNet predictions for latents [B, U, h, w], timesteps [B], text states [B, tokens, width].
+
+        U is `engine.unet_channels`: those of the conditioning come after the C of the noisy latents.
+        """
         ...
 
     async def predict_with_features(
@@ -61,6 +67,21 @@ class Backend(Protocol):
         """[B, C, h, w] predictions by the UNet's outermost blocks, from features [B, F, h, w] of another step."""
         ...
 
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        """As `predict`, with the LoRAs of each row: their SHA-256 [B, K, 32] and weights [B, K], 0 for none.
+
+        Only where the engine has LoRAs; K is `engines.MAX_LORAS`.
+        """
+        ...
+
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         """[B, H, W, 3] pixels of latents [B, C, h, w] in the UNet's scale."""
         ...
@@ -68,7 +89,15 @@ class Backend(Protocol):
     async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
         """[B, C, h, w] latents, in the UNet's scale, of pixels [B, H, W, 3]; only where the engine has `vae_encoder`.
 
-        The mean of the posterior: the same pixels have the same latents.
+        The mean of the posterior: the same pixels have the same latents. Inpainting engines take pixels [B, H, W, 4],
+        too: of those that are transparent, in the fourth channel, they see neither colour nor brightness.
+        """
+        ...
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """[B, h, w] how near everything is, of no scale, at the model's resolution, in pixels [B, H, W, 3].
+
+        Only where the engine has `depth_estimator`.
         """
         ...
 
@@ -89,7 +118,8 @@ class Backend(Protocol):
     async def unet_gradient(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
     ) -> Floats:
-        """[B, C, h, w] gradients by the latents from those by the predictions of `predict`, `gradients` [B, C, h, w].
+        """[B, C, h, w] gradients by the noisy latents from those by the predictions of `predict`, `gradients`
+        [B, C, h, w].
 
         Only where the engine has `unet_gradient`.
         """

@@ -14,6 +14,7 @@ from sdserver.samplers import noise_options, samplers_with
 from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES, Names
 from sdserver.wire.reading_clip_guidance import read_clip_guidance
 from sdserver.wire.reading_images import MAX_CHOSEN_SEED, ImageFields
+from sdserver.wire.reading_loras import read_loras
 from sdserver.wire.reading_windows import check_tiling, read_windows
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def to_request(
     for field in IMAGE_TO_IMAGE if "vae_encoder" not in engine.optional_roles else ():
         if message.HasField(field):
             raise NotSupported(f"engine {engine.id} takes no images; leave {field} out", field=field)
+    if message.HasField("depth_map") and engine.conditioning != "depth":
+        raise NotSupported(f"engine {engine.id} takes no depth maps; leave depth_map out", field="depth_map")
     request = _Reader(message, request_id, engine, block_list).read()
     if request.preview_every_steps is not None and engine.preview_map is None:
         raise NotSupported(f"engine {engine.id} has no previews; leave preview out", field="preview")
@@ -120,6 +123,7 @@ class _Reader:
             guidance_interval=self._guidance_interval(),
             guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
             clip_guidance=read_clip_guidance(message, self._engine, prompts, self._violations),
+            loras=read_loras(message, self._engine, self._violations),
             block_cache_interval=self._block_cache_interval(),
             output=self._output(),
             preview_every_steps=self._preview_every_steps(),
@@ -130,6 +134,7 @@ class _Reader:
             windows=read_windows(message, self._engine, self._violations),
             tile_x=message.tile_x,
             tile_y=message.tile_y,
+            depth_map=image_fields.depth_map(width, height),
             # The last: it fits pictures only if nothing is wrong so far.
             init_image=image_fields.init_image(width, height),
         )
