@@ -37,9 +37,9 @@ ROWS: tuple[tuple[str, str, int], ...] = (
     ("unet", "bf16", 512),
     ("unet", "bf16", 768),
     ("unet_torch", "fp16", 0),
+    ("vae_decoder", "bf16", 768),
     ("vae_decoder", "fp32", 768),
     ("vae_decoder", "fp32", 512),
-    ("vae_decoder", "fp32", 320),
     ("vae_encoder", "fp32", 512),
 )
 
@@ -86,7 +86,7 @@ def load(role: str, precision: str, engine: Path) -> Callable[[int], Any]:
     from sdmodels.vae import VaeDecoder, VaeEncoder
 
     if role == "vae_decoder":
-        decode = VaeDecoder(engine)
+        decode = VaeDecoder(engine, "cpu", "bf16" if precision == "bf16" else "fp32")
         return lambda side: decode(np.zeros((1, 4, side // 8, side // 8), np.float32))
     encode_image = VaeEncoder(engine)
     return lambda side: encode_image(np.zeros((1, side, side, 3), np.uint8))

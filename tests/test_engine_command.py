@@ -116,7 +116,10 @@ def test_the_same_command_with_a_placement_changes_where_models_run_and_no_weigh
     shutil.copytree(added[0], tmp_path, dirs_exist_ok=True)
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = ("add", str(source), "--title", "Small")
-    assert run(tmp_path, *again, "--device", "gpu", "--precision", "fp16", "--compile", "--threads", "2") == 0
+    flags = ["--device", "gpu", "--precision", "fp16", "--compile", "--threads", "2", "--decode-tile", "320"]
+    assert run(tmp_path, *again, *flags) == 0
+    tile = load_engine(tmp_path / "engines/small-model-v1").decode_tile
+    assert (tile and (tile.size, tile.overlap)) == (320, 80)
     stated = re.compile(r'kind: (\w+)|key: "(?!engine")(\w+)".*?: "(.*?)"')
     said = {
         path.parent.name.split(".")[1]: stated.findall(path.read_text()) for path in tmp_path.glob("*/config.pbtxt")
@@ -128,6 +131,8 @@ def test_the_same_command_with_a_placement_changes_where_models_run_and_no_weigh
     # Without one, it is the machine's again.
     assert run(tmp_path, *again) == 0
     assert "KIND_AUTO" in (tmp_path / "small-model-v1.unet/config.pbtxt").read_text()
+    tile = load_engine(tmp_path / "engines/small-model-v1").decode_tile
+    assert (tile and tile.size) == 512
 
 
 def test_with_block_caching_there_is_another_model_and_it_stays(
@@ -145,17 +150,6 @@ def test_with_block_caching_there_is_another_model_and_it_stays(
         assert engine.block_cache.channels == channels[1]
         text = (tmp_path / engine.model("unet_cache") / "config.pbtxt").read_text()
         assert f'name: "features" data_type: TYPE_FP32 dims: [ {channels[1]}, -1, -1 ] optional: true' in text
-
-
-def test_a_decode_tile_is_as_asked_for_and_the_native_size_by_default(
-    source: Path, tmp_path: Path, added: tuple[Path, dict[str, Any]]
-) -> None:
-    shutil.copytree(added[0], tmp_path, dirs_exist_ok=True)
-    again = ("add", str(source), "--title", "Small")
-    for flags, expected in ((("--decode-tile", "320"), (320, 80)), (("--decode-tile", "0"), None), ((), (512, 128))):
-        assert run(tmp_path, *again, *flags) == 0
-        tile = load_engine(tmp_path / "engines/small-model-v1").decode_tile
-        assert (tile and (tile.size, tile.overlap)) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_without_a_traceback(
     )
     assert run(tmp_path / "repository", "add", str(source)) == 1
     error = capsys.readouterr().err
-    assert error.startswith("sdserver engine: ")
+    assert error.startswith("reading\nsdserver engine: ")
     assert "unet: conv_out.bias is [32] and must be [4]" in error
     assert "Traceback" not in error
 

@@ -30,7 +30,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -164,15 +164,23 @@ def _frequencies(config: dict[str, object]) -> NDArray[np.float32]:
     return frequencies
 
 
-def prepare(engine_folder: Path, weights: Mapping[str, str], *, block_cache: bool) -> list[Path]:
+def prepare(
+    engine_folder: Path,
+    weights: Mapping[str, str],
+    *,
+    block_cache: bool,
+    on_conversion: Callable[[str], None] = lambda name: None,
+) -> list[Path]:
     """Converts what a start of the engine will need, unless it is there; returns the files that were written.
 
-    `weights` are the engine's files and their SHA-256, where its descriptor is still to come. Raises OSError.
+    `weights` are the engine's files and their SHA-256, where its descriptor is still to come; `on_conversion` gets the
+    name of a network before it is converted. Raises OSError.
     """
     made: list[Path] = []
     for name in (WHOLE, OUTERMOST) if block_cache else (WHOLE,):
         folder = engine_folder / FOLDER / f"{name}-{_key(weights)}"
         if not folder.exists():
+            on_conversion(name)
             _make(engine_folder, name, folder)
             made += sorted(folder.iterdir())
     return made
@@ -208,7 +216,9 @@ def _make(engine_folder: Path, name: str, folder: Path) -> None:
 def _key(weights: Mapping[str, str]) -> str:
     """Changes with the weights, OpenVINO and this code."""
     parts = {name: digest for name, digest in weights.items() if name.startswith("unet/")}
-    return hashlib.sha256(json.dumps([parts, openvino.get_version(), CONVERSION]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([parts, openvino.get_version(), CONVERSION], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _convert(engine_folder: Path, name: str, elsewhere: Path) -> Path:

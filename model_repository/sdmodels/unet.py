@@ -54,6 +54,8 @@ class UNet:
         self._layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
         weights = read_weights(folder / DIFFUSERS_WEIGHTS, dtype=self._dtype, device=device)
         unet.load_state_dict(weights, assign=True)
+        # Each goes as soon as it is laid out anew: there are never two of all.
+        del weights
         self.module = unet.eval().requires_grad_(False).to(device, memory_format=self._layout)
         self._compiled = compiled
         self._network = _compiled(self.module) if compiled else self.module

@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from sdmodels.errors import InvalidInput
 from sdmodels.precision import DTYPES, InRange
+from sdmodels.strips import decode_in_strips
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdmodels.precision import Precision, Rows
+
+
+# Images up to this size are decoded as a whole: 0.4 GB in float32 with the autoencoder of SD 2.1.
+WHOLE_PIXELS = 320 * 320
 
 
 class VaeEncoder:
@@ -77,9 +82,11 @@ class VaeDecoder:
     def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
         self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device, precision)
         self._device, self._dtype = device, DTYPES[precision]
-        self._decode_latents: Rows = self.image
+        self._decode_latents: Rows = self.image_alone
         if precision != "fp32":
-            self._decode_latents = InRange("vae_decoder", self.image, lambda: VaeDecoder(engine_folder, device).image)
+            self._decode_latents = InRange(
+                "vae_decoder", self.image_alone, lambda: VaeDecoder(engine_folder, device).image_alone
+            )
         self._scaling_factor: float = self._vae.config.scaling_factor
         self.upsampling: int = 2 ** (len(self._vae.config.block_out_channels) - 1)
         """Pixels in each direction of one place of the latents."""
@@ -89,6 +96,14 @@ class VaeDecoder:
         scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
         image: torch.Tensor = self._vae.decode(scaled.to(self._dtype), return_dict=False)[0].float()
         return image
+
+    def image_alone(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `image`, not differentiable; large ones in strips, for their memory."""
+        height, width = latents.shape[2:]
+        if height * width * self.upsampling**2 <= WHOLE_PIXELS:
+            return self.image(latents)
+        scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
+        return decode_in_strips(self._vae, scaled.to(self._dtype)).float()
 
     @property
     def module(self) -> AutoencoderKL:
@@ -132,6 +147,8 @@ def _read_vae(folder: Path, without: tuple[str, ...], device: str, precision: Pr
         device=device,
     )
     vae.load_state_dict({current_name(name): weight for name, weight in weights.items()}, assign=True)
+    # Each goes as soon as it is laid out anew: there are never two of all.
+    del weights
     # Channels last takes a sixth off a decode on one core, where the UNet gains nothing from it.
     return vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 

@@ -42,8 +42,12 @@ def prepare(preparation: Preparation, report: Callable[[dict[str, Any]], None]) 
     if _is_for_openvino(preparation):
         from sdmodels import openvino_unet
 
-        report({"event": "stage", "stage": "converting the UNet for OpenVINO, which takes minutes for a large one"})
-        made = openvino_unet.prepare(folder, preparation.weights, block_cache=preparation.block_cache)
+        def tell(name: str) -> None:
+            report({"event": "stage", "stage": f"converting {name} for OpenVINO, which takes minutes for a large one"})
+
+        made = openvino_unet.prepare(
+            folder, preparation.weights, block_cache=preparation.block_cache, on_conversion=tell
+        )
         facts["networks"] = [str(path.relative_to(folder)) for path in made]
     return facts
 
