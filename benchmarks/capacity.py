@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from sdclient import AsyncClient
+from sdclient import AsyncClient, UnavailableError
 from sdserver import cost_model, logs
 from sdserver.capacity.outcome import Costs, Pool
 from sdserver.capacity.planning import saturated_rate
@@ -44,8 +44,11 @@ STEPS = (8, 12, 16, 20)
 LOADS = (0.4, 0.7, 0.9)
 BOUND = 0.15
 # So many calls of the run say how fast the machine was at a time.
-NEAR_CALLS = 5
+NEAR_CALLS = 3
 LEAST_REQUESTS = 40
+MOST_PAUSE_SECONDS = 2.0
+MODEL_LOADS_SECONDS = 30.0
+ATTEMPTS = 4
 
 
 class Took(NamedTuple):
@@ -89,13 +92,13 @@ class Calls(Observer):
         return replace(planned, unet=unet, stages=stages, batched_by=planned.unet)
 
     def slowness(self, costs: Costs, places: int, began: float) -> Callable[[float], float]:
-        """How many times longer than on average UNet calls took around a time, in seconds after `began`."""
+        """How many times longer than on average UNet calls took that began about then, in seconds after `began`."""
         ended, rows, seconds = np.array(self.seen["unet"]).T
-        middles = ended - seconds / 2 - began
+        starts = ended - seconds - began
         expected = costs.unet.call + rows * costs.unet.row(places)
 
         def around(now: float) -> float:
-            near = np.argsort(np.abs(middles - now))[:NEAR_CALLS]
+            near = np.argsort(np.abs(starts - now))[:NEAR_CALLS]
             return float(seconds[near].sum() / expected[near].sum())
 
         return around
@@ -149,7 +152,39 @@ async def really(client: AsyncClient, arrivals: list[tuple[float, Work]]) -> tup
         await client.generate(f"a lake, number {number}", steps=work.evaluations, seed=number, guidance_scale=5.0)
         return time.perf_counter() - began - due
 
-    return began, await asyncio.gather(*(one(number, *arrival) for number, arrival in enumerate(arrivals)))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(number, *arrival)) for number, arrival in enumerate(arrivals)]
+    return began, [task.result() for task in tasks]
+
+
+async def steadily(client: AsyncClient, arrivals: list[tuple[float, Work]], calls: Calls) -> tuple[float, list[float]]:
+    """As `really`, and once more where the machine stood still meanwhile, as a virtual one may: nothing is measured
+    then. Triton takes models for dead that stood still."""
+    for _ in range(ATTEMPTS):
+        for seen in calls.seen.values():
+            seen.clear()
+        pauses: list[float] = []
+        watching = asyncio.create_task(watch(pauses))
+        try:
+            result = await really(client, arrivals)
+        except* UnavailableError as error:
+            print(f"Triton lost a model: {error.exceptions[0]}")
+        else:
+            if max(pauses, default=0.0) < MOST_PAUSE_SECONDS:
+                return result
+        finally:
+            watching.cancel()
+        print(f"the machine stood still for {max(pauses, default=0.0):.1f} s: this load once more")
+        await asyncio.sleep(MODEL_LOADS_SECONDS)
+    raise SystemExit("the machine stands still again and again: nothing can be measured")
+
+
+async def watch(pauses: list[float]) -> None:
+    """Notes how long the event loop was away each time."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(0.1)
+        pauses.append(time.perf_counter() - before)
 
 
 @dataclass(frozen=True)
@@ -181,9 +216,7 @@ async def measure(seconds: float) -> dict[float, Row]:
             for number, load in enumerate(LOADS):
                 rate = load * able
                 arrivals = poisson(mix, rate, max(LEAST_REQUESTS, round(rate * seconds)), number)
-                for seen in calls.seen.values():
-                    seen.clear()
-                began, latencies = await really(client, arrivals)
+                began, latencies = await steadily(client, arrivals, calls)
                 took = calls.costs(costs, places)
                 outcomes = (
                     simulate(arrivals, pool, took, slowness=calls.slowness(took, places, began)),
