@@ -16,9 +16,9 @@ from sdserver.server import Server
 from sdserver.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Bytes, Floats, Integers, Pixels
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 
 class Instant:
@@ -27,7 +27,9 @@ class Instant:
     def __init__(self, *, hang: bool) -> None:
         self._hang = hang
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         shape = engine.text_encoder.context_length, engine.text_encoder.width
         return EncodedText(np.ones(shape, np.float32), 1, 1, np.ones(1, np.float32))
 
@@ -43,6 +45,17 @@ class Instant:
 
     async def predict_from_features(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
+    ) -> Floats:
+        raise NotImplementedError
+
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
     ) -> Floats:
         raise NotImplementedError
 

@@ -13,9 +13,9 @@ from sdserver.backends import EncodedText
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Bytes, Floats, Integers, Pixels
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 WORDS_A_CHUNK = 75
 
@@ -37,6 +37,7 @@ class FakeBackend:
     ready: bool = True
     not_finite: bool = False
     texts: list[str] = field(default_factory=list)
+    text_loras: list[tuple[Lora, ...]] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     conditionings: list[Floats] = field(default_factory=list)
     """The channels after the latents, of each row."""
@@ -44,6 +45,8 @@ class FakeBackend:
     """The timesteps of rows whose features were asked for."""
     cached: list[tuple[float, float]] = field(default_factory=list)
     """The timesteps of rows from features, and those of their features."""
+    lora_batches: list[tuple[Bytes, Floats]] = field(default_factory=list)
+    """The digests and weights of calls with LoRAs."""
     decoded: int = 0
     encoded: list[Pixels] = field(default_factory=list)
     depths_estimated: int = 0
@@ -75,9 +78,12 @@ class FakeBackend:
             + len(self.clip_seeds)
         )
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         self._fail()
         self.texts.append(text)
+        self.text_loras.append(loras)
         await asyncio.sleep(self.encode_delay)
         tokens = len(text.split())
         chunks = max(1, -(-tokens // WORDS_A_CHUNK))
@@ -125,6 +131,19 @@ class FakeBackend:
         """As `predict`, of what the text of the features means."""
         self.cached += zip(timesteps.tolist(), features[:, 0, 0, 0].tolist(), strict=True)
         return await self.predict(engine, latents, timesteps, features[:, 1:2].mean(axis=(2, 3)).reshape(-1, 1, 1))
+
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        """As `predict`, of texts that mean so much more as the weights' sum."""
+        self.lora_batches.append((digests, weights))
+        return await self.predict(engine, latents, timesteps, text_states + weights.sum(axis=1)[:, None, None])
 
     def _alpha_and_sigma(self, engine: Engine, timesteps: Floats) -> tuple[Floats, Floats]:
         assert engine.prediction_type == "v_prediction"

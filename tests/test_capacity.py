@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sdserver.backends import EncodedText, Floats, Pixels
     from sdserver.capacity.workload import Mix
     from sdserver.engines import Catalog, Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 UNET = CostModel(call=0.008, place=4e-5, square=1e-8)
 STAGES = StageCosts(encode=0.003, decode_place=3e-5, write_place=0.0)
@@ -58,10 +58,12 @@ class TimedBackend(FakeBackend):
         async with self.machine:
             await asyncio.sleep(seconds)
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         # The empty text is known after the first request.
         await self._takes(STAGES.encode if text else 0.0)
-        return await super().encode_text(engine, text, emphasis)
+        return await super().encode_text(engine, text, emphasis, loras)
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         rows, _, height, width = latents.shape
@@ -158,6 +160,14 @@ def test_a_request_alone_takes_what_its_calls_take(engine: Engine) -> None:
     [seconds] = simulate([(5.0, work)], Pool(), costs).latencies
     calls = 20 * (UNET.seconds(2, work.places) + 0.001)
     assert seconds == pytest.approx(0.003 + calls + (3e-5 + 1e-5) * work.places)
+
+
+def test_what_begins_while_the_machine_is_slow_takes_longer(engine: Engine, costs: Costs) -> None:
+    [(work, _)] = plain(engine)
+    [seconds] = simulate([(0.0, work)], Pool(), costs).latencies
+    arrivals = [(0.0, work), (100.0, work)]
+    latencies = simulate(arrivals, Pool(), costs, slowness=lambda now: 3.0 if now < 50 else 1.0).latencies
+    assert latencies == pytest.approx([3 * seconds, seconds])
 
 
 def test_servers_that_share_a_gpu_make_no_more_images_than_one(engine: Engine, costs: Costs) -> None:

@@ -22,6 +22,7 @@ from sdclient import (
     GuidanceInterval,
     InitImage,
     InvalidRequestError,
+    Lora,
     Mask,
     Outpaint,
     Output,
@@ -66,6 +67,7 @@ EVERYTHING: GenerateOptions = {
     "outpaint": Outpaint(left=64, bottom=8),
     "variation": Variation(0.3, seed=2**63 - 1),
     "two_pass": TwoPass(width=128, height=64, strength=0.0),
+    "loras": (Lora("ink", weight=0.0, sha256="0c" * 32), Lora("detail", weight=-0.7)),
     "block_cache": BlockCache(interval=3),
     "windows": Windows(size=512, overlap=128),
     "tile_x": True,
@@ -136,6 +138,15 @@ def test_prompts_are_texts_prompts_and_weighted_tuples(
 def test_anything_else_is_no_prompt(prompts: Any) -> None:
     with pytest.raises(TypeError):
         to_request(prompts, {})
+
+
+def test_loras_are_weights_by_name_or_say_more() -> None:
+    said = to_request("a lake", {"loras": [Lora("ink", 0.5), Lora("detail")]})
+    assert [(lora.name, lora.weight, lora.HasField("weight")) for lora in said.loras] == [
+        ("ink", 0.5, True),
+        ("detail", 0, False),
+    ]
+    assert to_request("a lake", {"loras": {"ink": 0.5}}) == to_request("a lake", {"loras": [Lora("ink", 0.5)]})
 
 
 def test_every_field_of_the_contract_is_an_option() -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sdclient import Sampler
     from sdserver.backends import Floats, Pixels
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
     from sdserver.settings import ServeSettings
 
 pytestmark = [
@@ -87,7 +87,9 @@ class Backend(TritonBackend):
         self._texts = {name: TextEncoder(folder) for name, folder in folders.items()}
         self._decoders = {name: VaeDecoder(folder) for name, folder in folders.items()}
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         return EncodedText(*self._texts[engine.id](text, []))
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:

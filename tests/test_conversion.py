@@ -581,7 +581,7 @@ def test_a_conversion_that_is_killed_leaves_no_engine_and_goes_on_where_it_was(
     sources: Path, store: EngineStore
 ) -> None:
     options = {"source": str(sources / "two"), "into": str(store.folder("small"))}
-    command = [sys.executable, "-m", "sdmodels.conversion", json.dumps(options)]
+    command = [sys.executable, "-m", "sdmodels.conversion", "convert", json.dumps(options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

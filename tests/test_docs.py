@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from checkpoints import Model
+from loras import save_tiny
 from PIL import Image
+from safetensors.torch import load_file
 from sdserver.server import Server
 
 if TYPE_CHECKING:
@@ -97,6 +99,35 @@ async def test_the_python_and_the_command_of_block_caching_run(triton_settings: 
         address = f"127.0.0.1:{server.port}"
         await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, address)])
         await run(tmp_path, shlex.split(command), SDCLIENT_SERVER=address)
+    # The same request, by either way.
+    assert (tmp_path / "lake.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+
+
+async def test_the_python_and_the_commands_of_the_loras_run(settings: ServeSettings, tmp_path: Path) -> None:
+    # The shipped engine in a repository that may be written.
+    engine = tmp_path / "repository/engines/tiny-landscape"
+    engine.mkdir(parents=True)
+    for path in (settings.model_repository / "engines/tiny-landscape").iterdir():
+        (engine / path.name).symlink_to(path)
+    for path in settings.model_repository.glob("tiny-landscape.*"):
+        (tmp_path / "repository" / path.name).symlink_to(path)
+    save_tiny(tmp_path / "ink-style.safetensors", 1, load_file(engine / "unet/diffusion_pytorch_model.safetensors"))
+    [code], [adding, generating] = blocks("python", "docs/loras.md"), blocks("sh", "docs/loras.md")
+    repository = tmp_path / "repository"
+    alone = settings.model_copy(update={"model_repository": repository, "backend": "in-process"})
+    async with Server(alone.model_copy(update={"engine_watch_seconds": 0.1})) as server:
+        said = [
+            await run(tmp_path, shlex.split(command), SDSERVER_MODEL_REPOSITORY=str(repository))
+            for command in adding.splitlines()
+        ]
+        assert "ink-style: 2 layers of the UNet and 3 layers of the text encoder, rank 4" in said[0]
+        assert "ink-style" in said[1]
+        async with asyncio.timeout(120):
+            while not server.catalog.default.loras:
+                await asyncio.sleep(0.1)
+        address = f"127.0.0.1:{server.port}"
+        await run(tmp_path, [sys.executable, "-c", code.replace(ADDRESS, address)])
+        await run(tmp_path, shlex.split(generating), SDCLIENT_SERVER=address)
     # The same request, by either way.
     assert (tmp_path / "lake.png").read_bytes() == (tmp_path / "out.png").read_bytes()
 

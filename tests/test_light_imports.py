@@ -14,7 +14,8 @@ from sdmodels.light_imports import leave_out_unused
 leave_out_unused(compiled={compiled})
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from open_clip import CLIP
-print(*(name for name in ("transformers", "timm", "torch._dynamo.eval_frame") if sys.modules.get(name)))
+unused = ("transformers", "timm", "peft", "accelerate", "torch._dynamo.eval_frame")
+print(*(name for name in unused if sys.modules.get(name)))
 """
 
 

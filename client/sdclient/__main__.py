@@ -23,12 +23,12 @@ from ._image_flags import add_image_flags, image_options
 from ._inspect import inspect
 from ._reproduce import reproduce
 from ._terminal import print_sections, progress_bar
-from ._types import Blending, BlockCache, GenerateOptions, Output, Prompt, Sampler, Schedule, Windows
+from ._types import Blending, BlockCache, GenerateOptions, Lora, Output, Prompt, Sampler, Schedule, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ._types import Engine
+    from ._types import Engine, LoraInfo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--churn", type=float, help="noise that euler, heun or dpm2 adds before its steps, 0 to 100")
     option("--schedule", choices=get_args(Schedule), metavar="NAME", help=", ".join(get_args(Schedule)))
     option("--blending", choices=get_args(Blending), metavar="NAME", help=", ".join(get_args(Blending)))
+    option("--lora", dest="loras", action="append", type=_lora, metavar="NAME:WEIGHT", help="a LoRA; may be repeated")
     option("--block-cache", type=int, metavar="STEPS", help="run the whole UNet only in the first of so many steps")
     option("--window", type=int, metavar="PIXELS", help="denoise large images in windows of this size; 0: as a whole")
     option("--window-overlap", type=int, metavar="PIXELS", help="overlap of windows")
@@ -143,6 +144,14 @@ def _seeds(text: str) -> tuple[int, ...]:
         return tuple(int(seed) for seed in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers such as 7,0,42") from None
+
+
+def _lora(text: str) -> Lora:
+    name, colon, weight = text.partition(":")
+    try:
+        return Lora(name, float(weight) if colon else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no LoRA such as ink-style or ink-style:0.8") from None
 
 
 def _report(error: SDError) -> None:
@@ -298,6 +307,11 @@ def _clip_presets(engine: Engine) -> str:
     )
 
 
+def _lora_line(lora: LoraInfo) -> str:
+    about = ", ".join(lora.trigger_words), lora.license.name if lora.license else ""
+    return " ".join([lora.name, *(f"({each})" for each in about if each)])
+
+
 def _print_table(engines: Sequence[Engine]) -> None:
     sections = []
     for engine in engines:
@@ -326,6 +340,7 @@ def _print_table(engines: Sequence[Engine]) -> None:
             + (", estimated from initial images" if engine.estimates_depth else "")
             + (f", {engine.upscaling.factor} times in each direction" if engine.upscaling else ""),
             "block caching": "yes" if engine.block_cache else "none",
+            "LoRAs": "; ".join(map(_lora_line, engine.loras)) or "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),
             "restrictions": engine.license.use_restrictions or "none",
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 from ._errors import InvalidRequestError, MetadataError, ServerError
 from ._events import MEDIA_TYPES, Image
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ._metadata import Metadata
     from ._sync import Client
-    from ._types import DepthMap, Engine, GenerateOptions, InitImage, Mask
+    from ._types import DepthMap, Engine, GenerateOptions, InitImage, Lora, Mask
 
     P = TypeVar("P", InitImage, Mask, DepthMap)
 
@@ -65,6 +65,8 @@ def reproduce(
         if not force:
             raise MetadataError(f"{problem}: the pixels would be others; --force goes on")
         print(f"sdclient: {problem}: the pixels may be others", file=sys.stderr)
+        if loras := _loras(options):
+            options["loras"] = [replace(lora, sha256=None) for lora in loras]
     image = None
     with progress_bar() as show, client.stream(metadata.prompts, **options) as events:
         for event in events:
@@ -121,9 +123,17 @@ def problem_with(metadata: Metadata, engines: Sequence[Engine]) -> str | None:
             f"the image was made by engine {metadata.engine}; this server has "
             f"{', '.join(engine.id for engine in engines)}: choose another --server"
         )
-    if engine.digest == metadata.engine_digest:
-        return None
-    return f"engine {engine.id} is {engine.digest} on this server, and was {metadata.engine_digest}"
+    if engine.digest != metadata.engine_digest:
+        return f"engine {engine.id} is {engine.digest} on this server, and was {metadata.engine_digest}"
+    here = {lora.name: lora.sha256 for lora in engine.loras}
+    for lora in _loras(metadata.options):
+        if lora.name not in here:
+            raise MetadataError(
+                f"the image was made with the LoRA {lora.name}; engine {engine.id} has {', '.join(here) or 'none'}"
+            )
+        if here[lora.name] != lora.sha256:
+            return f"the LoRA {lora.name} is {here[lora.name]} on this server, and was {lora.sha256}"
+    return None
 
 
 def same_pixels(one: bytes, other: bytes) -> bool:
@@ -136,6 +146,11 @@ def same_pixels(one: bytes, other: bytes) -> bool:
         raise ImportError("comparing pixels needs Pillow: pip install 'sd-service[cli]'") from error
     with PIL.Image.open(BytesIO(one)) as first, PIL.Image.open(BytesIO(other)) as second:
         return first.size == second.size and first.convert("RGB").tobytes() == second.convert("RGB").tobytes()
+
+
+def _loras(options: GenerateOptions) -> tuple[Lora, ...]:
+    """The LoRAs of resolved options, which have no other form of them."""
+    return cast("tuple[Lora, ...]", options.get("loras") or ())
 
 
 def _with_data(picture: P, path: Path | None, flag: str, violations: dict[str, str]) -> P:

@@ -6,7 +6,7 @@ alone: `Accepted.options` says what it chose, `Engine.defaults` what it will cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -292,6 +292,22 @@ class BlockCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of the engine."""
+
+    name: str
+    """Name of one of `Engine.loras`."""
+    weight: float | None = None
+    """How strongly it acts, -4 to 4; 0 switches it off, None is 1."""
+    sha256: str | None = None
+    """`LoraInfo.sha256` that it has to have. Resolved options have it."""
+
+
+Loras = Sequence[Lora] | Mapping[str, float]
+"""LoRAs, or their weights by name."""
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """File format of the images."""
 
@@ -362,6 +378,8 @@ class GenerateOptions(TypedDict, total=False):
     """Makes variations of the image of `seed`, which all images then have."""
     two_pass: TwoPass | None
     """Generates a smaller image first and enlarges it."""
+    loras: Loras | None
+    """LoRAs of `Engine.loras`, at most 8, for all prompts and steps: `{"name": 0.8}`, or `[Lora("name", 0.8)]`."""
     block_cache: BlockCache | None
     """Runs the whole UNet only in some of the steps; only where `Engine.block_cache`."""
     windows: Windows | None
@@ -484,6 +502,26 @@ class WindowDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """A LoRA of an engine: small changes to its weights, for a style or a subject."""
+
+    name: str
+    """Names it in requests."""
+    title: str
+    """Name for people. May be empty."""
+    description: str
+    """What it is for. May be empty."""
+    trigger_words: tuple[str, ...]
+    """Words for the prompt that it was trained on. May be empty."""
+    sha256: str
+    """The same engine, request and LoRAs give the same images."""
+    text_encoder: bool
+    """Whether it changes the text encoder, too."""
+    license: License | None = None
+    """Under which terms it may be used. None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """A Stable Diffusion engine of the server."""
 
@@ -530,3 +568,5 @@ class Engine:
     """Whether it estimates the depth of `init_image` where a request has no `depth_map`."""
     conditioning: Conditioning | None = None
     """What its UNet takes beside noise and prompts. None: the server does not say, or this version does not know it."""
+    loras: tuple[LoraInfo, ...] = ()
+    """What `loras` may name. They come and go while the server runs, and leave `digest` as it is."""

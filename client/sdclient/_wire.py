@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -45,6 +46,8 @@ from ._types import (
     GuidanceInterval,
     InitImage,
     License,
+    Lora,
+    LoraInfo,
     Mask,
     Outpaint,
     Output,
@@ -64,7 +67,6 @@ from ._types import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
     import grpc
     from google.protobuf.descriptor import FieldDescriptor
@@ -123,6 +125,7 @@ _TYPES: dict[str, type[Any]] = {
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
         *(Upscale, UpscalingSupport, DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(Lora, LoraInfo),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),
@@ -173,6 +176,8 @@ def to_request(prompts: Prompts, options: GenerateOptions) -> GenerateRequest:
     violations: dict[str, str] = {}
     values: dict[str, Any] = {"prompts": _read_prompts(prompts, violations), **options}
     values.pop("timeout", None)
+    if isinstance(loras := values.get("loras"), Mapping):
+        values["loras"] = [Lora(name, weight) for name, weight in loras.items()]
     for name, value in values.items():
         field = _fields_by_name(request).get(name)
         if field is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # The libraries do without these where they are not installed. None marks for Python what is not to be found.
-OPTIONAL = ("transformers", "timm")
+OPTIONAL = ("transformers", "timm", "peft", "accelerate")
 COMPILER = "torch._dynamo"
 
 

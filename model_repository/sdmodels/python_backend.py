@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ from sdmodels.cores import physical_cores
 from sdmodels.errors import InvalidInput
 from sdmodels.light_imports import leave_out_unused
 from sdmodels.parameters import is_compiled, row_buckets
-from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, prepare_torch
+from sdmodels.runtimes import instance_device, load_unet, load_unet_cache, load_unet_lora, prepare_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdmodels.batching import Arrays
+
+# Triton hands over what waits sooner than this after an answer; who has had the answer asks again later than this.
+AT_ONCE_SECONDS = 0.0003
 
 
 class Cancelled(Exception):
@@ -45,6 +49,8 @@ class BackendModel:
     """The parameter that names the folder to load from."""
     parameters: dict[str, str]
     run: Callable[..., Arrays]
+    ended: float = 0.0
+    """When the last call was answered."""
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
@@ -72,8 +78,10 @@ class BackendModel:
         """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
         import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-        # A request that was cancelled while it waited still arrives here.
-        cancelled = [request.is_cancelled() for request in requests]
+        # A request that was cancelled while it waited still arrives here. To ask takes a tenth of what a call costs
+        # beyond its work, so only those are asked that may have waited.
+        waited = len(requests) > 1 or time.perf_counter() - self.ended < AT_ONCE_SECONDS
+        cancelled = [waited and request.is_cancelled() for request in requests]
         # Optional inputs stand at the end, and are None where they are left out.
         tensors = (
             [pb_utils.get_input_tensor_by_name(request, name) for name in self.inputs]
@@ -82,7 +90,9 @@ class BackendModel:
         )
         inputs = [tuple(tensor.as_numpy() for tensor in given if tensor is not None) for given in tensors]
         answers = iter(run_together(self.run, inputs))
-        return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
+        responses = [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
+        self.ended = time.perf_counter()
+        return responses
 
     def finalize(self) -> None:
         """Called by Triton when the model is unloaded."""
@@ -112,9 +122,11 @@ class TextEncoderModel(BackendModel):
     `text` BYTES [1, 1], `emphasis_range` INT32 [1, E, 2] (start and end in code points, end exclusive),
     `emphasis_factor` FP32 [1, E] -> `text_states` FP32 [1, chunks * context_length, D], `token_count` and `chunk_count`
     INT32 [1, 1], and with CLIP guidance `text_features` FP32 [1, F].
+
+    Optional: the SHA-256 of K LoRAs as `lora_digest` UINT8 [1, K, 32], and their `lora_weight` FP32 [1, K].
     """
 
-    inputs = ("text", "emphasis_range", "emphasis_factor")
+    inputs = ("text", "emphasis_range", "emphasis_factor", "lora_digest", "lora_weight")
     outputs = ("text_states", "token_count", "chunk_count", "text_features")
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
@@ -122,9 +134,11 @@ class TextEncoderModel(BackendModel):
 
         encode = TextEncoder(engine_folder, device)
 
-        def run(text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32]) -> Arrays:
+        def run(
+            text: NDArray[Any], ranges: NDArray[np.int32], factors: NDArray[np.float32], *loras: NDArray[Any]
+        ) -> Arrays:
             emphasis = [(start, end, factor) for (start, end), factor in zip(ranges[0], factors[0], strict=True)]
-            encoding = encode(_utf8(text[0, 0]), emphasis)
+            encoding = encode(_utf8(text[0, 0]), emphasis, *(array[0] for array in loras))
             token_count, chunk_count = (np.array([[count]], np.int32) for count in (encoding.tokens, encoding.chunks))
             outputs = encoding.states[None], token_count, chunk_count
             return outputs if encoding.features is None else (*outputs, encoding.features[None])
@@ -177,6 +191,28 @@ class UNetCacheModel(BackendModel):
         return run
 
 
+class UNetLoraModel(BackendModel):
+    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D]; the SHA-256 of up to K LoRAs of each row
+    as UINT8 `lora_digest` [B, K, 32], and their FP32 `lora_weight` [B, K], 0 for none -> `prediction` [B, 4, h, w].
+
+    Always by torch, on a CPU in float32. `lora_cache_mb` of LoRAs stay on the device.
+    """
+
+    inputs = ("latents", "timestep", "text_states", "lora_digest", "lora_weight")
+    outputs = ("prediction",)
+
+    def start(self, engine_folder: Path, device: str, threads: int) -> Callable[..., Arrays]:
+        options: dict[str, Any] = {"row_buckets": row_buckets(self.parameters)}
+        if device != "cpu":
+            options["precision"] = self.parameters.get("precision", "")
+        if "lora_cache_mb" in self.parameters:
+            options["cache_bytes"] = int(self.parameters["lora_cache_mb"]) * 2**20
+        denoise = load_unet_lora(engine_folder, threads, device=device, **options)
+        return lambda latents, timestep, text_states, digests, weights: (
+            denoise(latents, timestep[:, 0], text_states, digests, weights),
+        )
+
+
 class VaeDecoderModel(BackendModel):
     """`latents` FP32 [B, 4, h, w] -> `image` UINT8 [B, 8h, 8w, 3]."""
 
@@ -184,10 +220,11 @@ class VaeDecoderModel(BackendModel):
     outputs = ("image",)
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
-        from sdmodels.precision import chosen, vae_precision
+        from sdmodels.precision import chosen, decoder_precision
         from sdmodels.vae import VaeDecoder
 
-        decode = VaeDecoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
+        precision = chosen(self.parameters.get("precision", ""), device, decoder_precision)
+        decode = VaeDecoder(engine_folder, device, precision)
         return lambda latents: (decode(latents),)
 
 

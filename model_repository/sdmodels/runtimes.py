@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sdmodels.unet_lora import UNetLora
+
     Floats = NDArray[np.float32]
     Predict = Callable[[Floats, Floats, Floats], Floats]
 
@@ -90,8 +92,8 @@ def load_unet(
     """The denoising network of an engine, called as `sdmodels.unet.UNet` is; `threads` of the CPU answer a call.
 
     `runtime` is one of RUNTIMES, `device` torch's name of one, `precision` fp32, bf16 or fp16: empty for the best there
-    is. "bf16" on a CPU needs OpenVINO and one that computes in it. `row_buckets` and `compiled` are for GPUs, as
-    `UNet` has them. Raises ValueError for what it does not know or cannot do.
+    is. "bf16" on a CPU needs OpenVINO and a CPU that computes in it, where it is the best. `row_buckets` and `compiled`
+    are for GPUs, as `UNet` has them. Raises ValueError for what it does not know or cannot do.
     """
     device = device or default_device()
     if _chosen(runtime, device) == "openvino":
@@ -99,7 +101,7 @@ def load_unet(
             raise ValueError(TORCH_ALONE)
         from sdmodels.openvino_unet import OpenVinoUNet
 
-        return OpenVinoUNet(engine_folder, threads, precision or "fp32")
+        return OpenVinoUNet(engine_folder, threads, precision)
     prepare_torch(device, threads)
 
     from sdmodels.precision import chosen, unet_precision
@@ -127,13 +129,39 @@ def load_unet_cache(
             raise ValueError(TORCH_ALONE)
         from sdmodels.openvino_unet import OpenVinoUNetCache
 
-        return OpenVinoUNetCache(engine_folder, threads, precision or "fp32")
+        return OpenVinoUNetCache(engine_folder, threads, precision)
     prepare_torch(device, threads)
 
     from sdmodels.precision import chosen, unet_precision
     from sdmodels.unet_cache import UNetCache
 
     return UNetCache(engine_folder, device, chosen(precision, device, unet_precision), row_buckets)
+
+
+def load_unet_lora(
+    engine_folder: Path,
+    threads: int,
+    precision: str = "",
+    *,
+    device: str = "",
+    row_buckets: Sequence[int] = (),
+    cache_bytes: int | None = None,
+) -> UNetLora:
+    """The network with LoRAs, always by torch; `cache_bytes` as `UNetLora` has them, otherwise as `load_unet`."""
+    device = device or default_device()
+    prepare_torch(device, threads)
+
+    from sdmodels.loras import CACHE_BYTES
+    from sdmodels.precision import chosen, unet_precision
+    from sdmodels.unet_lora import UNetLora
+
+    return UNetLora(
+        engine_folder,
+        device,
+        chosen(precision, device, unet_precision),
+        row_buckets,
+        CACHE_BYTES if cache_bytes is None else cache_bytes,
+    )
 
 
 def _chosen(runtime: str, device: str) -> str:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from open_clip import CLIP
+from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from sdmodels.chunking import chunk_ends, fragments
+from sdmodels.loras import TEXT_ENCODER, LoraFiles
 from sdmodels.tokenizer import Tokenizer
 from sdmodels.weights import read_config, read_weights
 
@@ -21,6 +23,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdmodels.chunking import Emphasis
+    from sdmodels.loras import Loras
+
+# Parts of a block that LoRAs change -> its parameter, and which third of that: open_clip has queries, keys and values
+# in one.
+LORA_PARTS = {
+    "attn.q": ("attn.in_proj_weight", 0),
+    "attn.k": ("attn.in_proj_weight", 1),
+    "attn.v": ("attn.in_proj_weight", 2),
+    "attn.out": ("attn.out_proj.weight", None),
+    "mlp.fc1": ("mlp.c_fc.weight", None),
+    "mlp.fc2": ("mlp.c_proj.weight", None),
+}
 
 
 class Encoding(NamedTuple):
@@ -58,15 +72,23 @@ class TextEncoder:
         # open_clip pads with token 0, and so did SD 2's training; SD 1's with the end token.
         self._padding = self._tokenize.end if engine["text_encoder"].get("padding", "zero") == "end" else 0
         self._max_chunks: int = engine["limits"]["max_prompt_chunks"]
+        self._loras = LoraFiles(engine_folder, TEXT_ENCODER, device)
 
-    def __call__(self, text: str, emphasis: Sequence[Emphasis] = ()) -> Encoding:
-        """The encoding of a text.
+    def __call__(
+        self,
+        text: str,
+        emphasis: Sequence[Emphasis] = (),
+        digests: NDArray[np.uint8] | None = None,
+        weights: NDArray[np.float32] | None = None,
+    ) -> Encoding:
+        """The encoding of a text; states follow from LoRAs, too, by their SHA-256 digests [K, 32] and weights [K].
 
         The tokens are cut into chunks (`chunk_ends`), each with its own start, end and padding, that are encoded one by
         one; the features are their mean, of unit length again, and know nothing of emphasis. Of a text with more chunks
         than the engine takes only the first one is encoded: the caller has to refuse it. Raises InvalidInput for
-        emphasis that is not possible.
+        emphasis that is not possible, and for LoRAs that are not there.
         """
+        loras = [] if digests is None or weights is None else self._loras.used(digests, weights)
         tokens: list[int] = []
         factors: list[float] = []
         for fragment, factor in fragments(text, emphasis):
@@ -76,7 +98,7 @@ class TextEncoder:
         ends = chunk_ends(tokens, length - 2, self._tokenize.comma)
         chunks = [slice(start, end) for start, end in pairwise([0, *ends])]
         encoded = chunks if len(chunks) <= self._max_chunks else chunks[:1]
-        states, features = self._encode([tokens[chunk] for chunk in encoded])
+        states, features = self._encode([tokens[chunk] for chunk in encoded], loras)
         if len(chunks) > self._max_chunks:
             return Encoding(states, len(tokens), len(chunks), features)
         padded_factors = np.ones((len(chunks), length), np.float32)
@@ -85,27 +107,49 @@ class TextEncoder:
         return Encoding(emphasised(states, padded_factors.ravel()), len(tokens), len(chunks), features)
 
     @torch.inference_mode()
-    def _encode(self, chunks: list[list[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        states, features = zip(*(self._encode_chunk(chunk) for chunk in chunks), strict=True)
+    def _encode(self, chunks: list[list[int]], loras: Loras) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        states, features = zip(*(self._encode_chunk(chunk, loras) for chunk in chunks), strict=True)
         mean = None if features[0] is None else normalize(torch.stack(features).mean(dim=0), dim=-1).cpu().numpy()
         return torch.cat(states).cpu().numpy(), mean
 
-    def _encode_chunk(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode_chunk(self, tokens: list[int], loras: Loras) -> tuple[torch.Tensor, torch.Tensor | None]:
         tower = self._tower
         padded = torch.full((1, tower.context_length), self._padding)
         padded[0, : len(tokens) + 2] = torch.tensor([self._tokenize.start, *tokens, self._tokenize.end])
-        x = tower.token_embedding(padded.to(self._device)) + tower.positional_embedding
-        blocks = tower.transformer.resblocks
-        for block in blocks[: self._state_blocks]:
-            x = block(x, attn_mask=tower.attn_mask)
+        embedded = tower.token_embedding(padded.to(self._device)) + tower.positional_embedding
+        x = self._through(range(self._state_blocks), embedded, loras)
         states = tower.ln_final(x)[0]
         if not self._has_features:
             return states, None
+        if loras:
+            # The image tower knows nothing of them.
+            x = self._through(range(self._state_blocks), embedded, [])
         # CLIP reads a text off the place of its end.
-        for block in blocks[self._state_blocks :]:
-            x = block(x, attn_mask=tower.attn_mask)
+        x = self._through(range(self._state_blocks, len(tower.transformer.resblocks)), x, [])
         end = tower.ln_final(x)[0, len(tokens) + 1]
         return states, normalize(end @ tower.text_projection, dim=-1)
+
+    def _through(self, blocks: range, x: torch.Tensor, loras: Loras) -> torch.Tensor:
+        mask = {"attn_mask": self._tower.attn_mask}
+        for number in blocks:
+            block = self._tower.transformer.resblocks[number]
+            # One block at a time, so that there is no second tower in memory.
+            changed = _changed(block, number, loras)
+            x = functional_call(block, changed, (x,), mask) if changed else block(x, **mask)
+        return x
+
+
+def _changed(block: torch.nn.Module, number: int, loras: Loras) -> dict[str, torch.Tensor]:
+    """The parameters of a block that LoRAs change, as they are then."""
+    changed: dict[str, torch.Tensor] = {}
+    for deltas, weight in loras:
+        for part, (parameter, third) in LORA_PARTS.items():
+            if (delta := deltas.get(f"{number}.{part}")) is not None:
+                if parameter not in changed:
+                    changed[parameter] = block.get_parameter(parameter).clone()
+                values = changed[parameter] if third is None else changed[parameter].chunk(3)[third]
+                values.addmm_(delta.up, delta.down, alpha=weight * delta.scale)
+    return changed
 
 
 def emphasised(states: NDArray[np.float32], factors: NDArray[np.float32]) -> NDArray[np.float32]:

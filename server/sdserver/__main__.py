@@ -1,4 +1,4 @@
-"""`sdserver up | serve | triton | calibrate | doctor | plan | engine | top`: the service here, and what it needs."""
+"""`sdserver up | serve | triton | calibrate | doctor | plan | engine | lora | top`: the service and what it needs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ usage: sdserver COMMAND [--help] [flags]
   calibrate  measure what UNet calls cost here, so that batches are as large as pays; Triton runs already
   doctor     say what of this machine, its Triton and its engines works, and what to do where it fails
   engine     add, list, remove or verify engines: sdserver engine --help
+  lora       add, list or remove LoRAs of an engine: sdserver lora --help
   plan       say how many GPUs so many images need, from what calibrate measured
   top        show what servers do right now, from their metrics
 
@@ -74,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor_command.main(flags)
         case "engine":
             return engine_command.main(flags)
+        case "lora":
+            from sdserver import lora_command
+
+            return lora_command.main(flags)
         case "plan":
             from sdserver import plan_command
 

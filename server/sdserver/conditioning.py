@@ -72,6 +72,6 @@ async def _depths(request: GenerationRequest, schedulers: EngineSchedulers, part
     assert request.init_image is not None
     assert schedulers.depth_estimator is not None
     pixels = request.init_image.canvas.padded(width, height)
-    rows = await schedulers.depth_estimator.predict([(pixels.transpose(2, 0, 1),)], request.tenant)
-    depths: Floats = rows[0]
+    estimated = await schedulers.depth_estimator.predict([(pixels.transpose(2, 0, 1),)], request.tenant)
+    depths: Floats = estimated[0]
     return depths

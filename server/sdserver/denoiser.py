@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdserver.block_cache import BlockCache
     from sdserver.clip_guidance import ClipGuide
     from sdserver.guidance import Guidance
+    from sdserver.lora_rows import LoraRows
     from sdserver.request import GenerationRequest
     from sdserver.samplers import Query
     from sdserver.step_scheduler import StepScheduler
@@ -45,7 +46,7 @@ class Denoiser:
         self,
         request: GenerationRequest,
         guidance: Guidance,
-        scheduler: StepScheduler,
+        scheduler: StepScheduler | LoraRows,
         clip: ClipGuide | None = None,
         cache: BlockCache | None = None,
         conditioning: Array | None = None,

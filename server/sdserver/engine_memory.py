@@ -24,7 +24,7 @@ VAE_NUMBERS = 8
 # Rows of one image with guidance.
 ROWS = 2
 # `sdmodels` computes in half precision in these on a GPU, and in float32 in all others.
-HALF_ROLES = ("unet", "unet_cache", "vae_decoder", "vae_encoder")
+HALF_ROLES = ("unet", "unet_cache", "unet_lora", "vae_decoder", "vae_encoder")
 
 # Which weights a role reads: file, and prefixes that it leaves out or takes alone.
 _VAE_DECODER = ("vae/", ("encoder.", "quant_conv."), ())
@@ -33,6 +33,7 @@ _READ: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "text_encoder": (("clip/", ("visual.",), ()),),
     "unet": (_UNET,),
     "unet_cache": (_UNET,),
+    "unet_lora": (_UNET,),
     "unet_gradient": (_UNET,),
     "vae_decoder": (_VAE_DECODER,),
     "vae_encoder": (("vae/", ("decoder.", "post_quant_conv."), ()),),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdserver.block_cache import BlockCache
 from sdserver.clip_guidance import ClipGuide
+from sdserver.lora_rows import LoraRows
 from sdserver.step_scheduler import StepScheduler
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class EngineSchedulers:
         self._schedulers: list[StepScheduler] = []
         self.unet = self._scheduler("unet", backend.predict, partial(unet_rows, engine, costs))
         """Takes `step_scheduler.Row`s."""
+        # Also where there are no LoRAs yet: they come while the engine runs.
+        self._unet_lora = self._scheduler("unet_lora", backend.predict_with_loras, partial(unet_rows, engine, costs))
         self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(decoder_rows, engine))
         """Takes latents [C, h, w], gives pixels [H, W, 3]."""
         self.vae_encoder: StepScheduler | None = None
@@ -94,6 +97,11 @@ class EngineSchedulers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    def unet_of(self, request: GenerationRequest) -> StepScheduler | LoraRows:
+        """Who predicts a request's `step_scheduler.Row`s: the plain UNet, unless LoRAs change it."""
+        loras = [lora for lora in request.loras if lora.weight != 0 and lora.info.unet_modules]
+        return LoraRows(self._unet_lora, loras) if loras else self.unet
 
     def clip_guide(
         self, request: GenerationRequest, target: Array | None

@@ -76,22 +76,28 @@ class EngineStore:
         placement: Placement | None = None,
         *,
         block_cache: bool = False,
+        decode_tile: int | None = None,
     ) -> Report:
         """Makes an engine of the files that `sdmodels.conversion` has written below its folder.
 
         With `block_cache`, or if it has been there with it, it takes block caching, for which its UNet is loaded a
-        second time. Its Triton models come first and its descriptor last: only then there is an engine. Raises
-        EngineError.
+        second time. `decode_tile` is the side of the squares, in pixels, in which larger images are decoded; 0: none;
+        None: the native size. Its Triton models come first and its descriptor last: only then there is an engine.
+        Raises EngineError.
         """
         descriptor = _descriptor(engine_id, title, license_name, facts)
+        if decode_tile is not None:
+            descriptor["decode_tile"] = {"size": decode_tile, "overlap": decode_tile // 4} if decode_tile else None
         before = self.find(engine_id)
         if before and before.preview_map:
-            # Fitted by hand, and still right for the same weights.
+            # Perhaps fitted to the engine's own images, and still right for the same weights.
             descriptor["preview_map"] = before.model_dump(mode="json")["preview_map"]
+        elif found := facts.get("preview_map"):
+            descriptor["preview_map"] = {"matrix": found["matrix"], "bias": found["bias"]}
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
-        engine = Engine.model_validate(descriptor)
+        engine = Engine.model_validate(descriptor | {"loras": before.loras if before else ()})
         tower = facts["image_tower"]
         texts = model_files(engine, tower["features"] if tower else None, placement)
         texts[f"engines/{engine_id}/{DESCRIPTOR}"] = json.dumps(descriptor, indent=2) + "\n"
@@ -117,7 +123,7 @@ class EngineStore:
         """What differs between an engine's files and its descriptor; `on_bytes` gets how much was read each time."""
         folder = self.folder(engine.id)
         found = []
-        for name, digest in engine.weights.items():
+        for name, digest in engine.files.items():
             if not (folder / name).is_file():
                 found.append(f"{name} is missing")
             elif _sha256(folder / name, on_bytes) != digest:
@@ -132,21 +138,25 @@ class EngineStore:
 
     def size(self, engine: Engine) -> int:
         """Bytes of the engine's files that are there."""
-        paths = (self.folder(engine.id) / name for name in engine.weights)
+        paths = (self.folder(engine.id) / name for name in engine.files)
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def _write(self, name: str, text: str) -> bool:
-        path = self._repository / name
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        return True
+        return write_text(self._repository / name, text)
+
+
+def write_text(path: Path, text: str) -> bool:
+    """Makes a file hold a text, at once; returns whether it has not before."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return True
 
 
 def engine_id_of(source: str) -> str:
@@ -160,13 +170,15 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
     distilled = is_distilled(engine_id, source["name"])
     purpose = PURPOSES[facts["conditioning"]]
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
+    # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
+    spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
         "description": f"Stable Diffusion {facts['family']}.x{purpose} at {size} x {size} pixels, from "
         f"{source['name']}.",
         "prediction_type": facts["prediction_type"],
-        "noise_schedule": facts["noise_schedule"],
+        "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
         "text_encoder": facts["text_encoder"],
         "native_width": size,

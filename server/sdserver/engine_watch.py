@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from sdserver.engines import DESCRIPTOR, EngineError, load_catalog
+from sdserver.engines import DESCRIPTOR, LORAS, EngineError, load_catalog
 from sdserver.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 # What says nothing about the models, and so changes without loading them again.
-WORDS = {"name", "description", "license", "defaults", "preview_map", "source", "digest"}
+WORDS = {"name", "description", "license", "defaults", "preview_map", "source", "digest", "loras"}
 
 Stamp = dict["Path", tuple[int, int, int]]
 
@@ -34,8 +34,9 @@ class EngineWatch:
     The engines of the start are loaded where nobody has done it: Triton may have been there before the server.
 
     A new engine is listed at once, and ready when its models are loaded. One that is gone takes no new requests; its
-    models are unloaded when the generations that run have ended. One whose files have changed does both. A descriptor
-    that is wrong, or a repository without any engine, changes nothing.
+    models are unloaded when the generations that run have ended. One whose files have changed does both. LoRAs come
+    and go beside what runs; the model of an engine's first one is loaded before it is listed. A descriptor that is
+    wrong, or a repository without any engine, changes nothing.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class EngineWatch:
         self._backend = backend
         self._interval_seconds = interval_seconds
         self._seen = self._stamp()
+        self._found: tuple[Engine, ...] = ()
+        """Those that lie there, some of which may not be listed yet."""
         self._task: asyncio.Task[None] | None = None
         self._changes: dict[str, asyncio.Task[None]] = {}
 
@@ -90,7 +93,8 @@ class EngineWatch:
 
     def _stamp(self) -> Stamp:
         found: Stamp = {}
-        for path in (self._repository / "engines").glob(f"*/{DESCRIPTOR}"):
+        engines = self._repository / "engines"
+        for path in (*engines.glob(f"*/{DESCRIPTOR}"), *engines.glob(f"*/{LORAS}/*.json")):
             try:
                 status = path.stat()
             except FileNotFoundError:
@@ -101,16 +105,37 @@ class EngineWatch:
     def _apply(self, catalog: Catalog) -> None:
         before = {engine.id: engine for engine in self._catalog}
         after = {engine.id: engine for engine in catalog}
+        self._found = catalog.engines
+        # Those that only need a model more go on as they are until it is there.
+        growing = {
+            engine_id
+            for engine_id in before.keys() & after.keys()
+            if _same_models(before[engine_id], after[engine_id])
+            and not set(after[engine_id].roles) <= set(before[engine_id].roles)
+        }
         # All at once, and before anything is loaded or unloaded: no request sees an engine that is going.
-        self._catalog.engines = catalog.engines
+        self._catalog.engines = tuple(before[each.id] if each.id in growing else each for each in catalog)
         for engine_id in before.keys() | after.keys():
             old, new = before.get(engine_id), after.get(engine_id)
-            if old and new and old.model_dump(exclude=WORDS) == new.model_dump(exclude=WORDS):
-                continue
             former = self._changes.get(engine_id)
-            self._changes[engine_id] = asyncio.create_task(
-                self._exchange(old, new, former), name=f"exchange engine {engine_id}"
-            )
+            if new and engine_id in growing:
+                change = self._grow(new, former)
+            elif old and new and _same_models(old, new):
+                continue
+            else:
+                change = self._exchange(old, new, former)
+            self._changes[engine_id] = asyncio.create_task(change, name=f"exchange engine {engine_id}")
+
+    async def _grow(self, new: Engine, former: asyncio.Task[None] | None) -> None:
+        if former is not None:
+            await asyncio.wait([former])
+        await self._load(new)
+        if not await self._backend.is_ready(new):
+            log.error("the model of an engine's LoRAs could not be loaded, and it goes on without", engine=new.id)
+            return
+        # Unless it has changed again meanwhile.
+        if any(each is new for each in self._found):
+            self._catalog.engines = tuple(new if each.id == new.id else each for each in self._catalog)
 
     async def _exchange(self, old: Engine | None, new: Engine | None, former: asyncio.Task[None] | None) -> None:
         if former is not None:
@@ -136,3 +161,7 @@ class EngineWatch:
                 await self._backend.load(engine)
                 return
             await asyncio.sleep(self._interval_seconds)
+
+
+def _same_models(old: Engine, new: Engine) -> bool:
+    return old.model_dump(exclude=WORDS) == new.model_dump(exclude=WORDS)

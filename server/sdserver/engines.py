@@ -17,10 +17,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DESCRIPTOR = "engine.json"
+# Below an engine's folder: for each LoRA a `LoraInfo`, `<name>.json`, and its tensors, `<sha256>.safetensors`.
+LORAS = "loras"
+# Of one request, and of one row of the UNet.
+MAX_LORAS = 8
 SCHEDULES = ("native", "karras", "exponential")
 # The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
 OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache", "depth_estimator")
+# The model that an engine has as soon as it has LoRAs.
+LORA_ROLE = "unet_lora"
+
+# No more than a file's name can be on every system.
+LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Positive = Annotated[int, Field(gt=0)]
 Conditioning = Literal["none", "inpainting", "depth", "upscaling"]
@@ -152,6 +161,37 @@ class License(_Data):
     use_restrictions: str = ""
 
 
+class LoraSource(_Data):
+    """The file that a LoRA was made from."""
+
+    file: str
+    sha256: str
+
+
+class LoraInfo(_Data):
+    """A LoRA of an engine, as its `loras/<name>.json` describes it. `sdserver lora add` writes it."""
+
+    name: Annotated[str, Field(pattern=LORA_NAME)]
+    title: str = ""
+    description: str = ""
+    trigger_words: tuple[str, ...] = ()
+    # None: nothing is known of it.
+    license: License | None = None
+    # Of its tensors.
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    # How many it changes.
+    unet_modules: Annotated[int, Field(ge=0)]
+    text_encoder_modules: Annotated[int, Field(ge=0)]
+    # The greatest of all modules.
+    rank: Positive
+    source: LoraSource
+
+    @property
+    def file(self) -> str:
+        """Its tensors, below the engine's folder."""
+        return f"{LORAS}/{self.sha256}.safetensors"
+
+
 class Source(_Data):
     """The checkpoint that `sdserver engine add` made the engine from."""
 
@@ -202,6 +242,8 @@ class Engine(_Data):
     weights: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     # None: the engine was not made by `sdserver engine add`.
     source: Source | None = None
+    # Not of the descriptor: what lies in `loras/`. They come and go without a change of the engine.
+    loras: tuple[LoraInfo, ...] = ()
     digest: str = ""
 
     @model_validator(mode="after")
@@ -266,12 +308,21 @@ class Engine(_Data):
     @property
     def roles(self) -> tuple[str, ...]:
         """What the engine has models for."""
-        return (*ROLES, *self.optional_roles)
+        return (*ROLES, *self.optional_roles, *((LORA_ROLE,) if self.loras else ()))
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names of all Triton models of the engine."""
         return tuple(self.model(role) for role in self.roles)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """All files with weights, those of LoRAs included, below the engine's folder -> SHA-256."""
+        return {**self.weights, **{lora.file: lora.sha256 for lora in self.loras}}
+
+    def lora(self, name: str) -> LoraInfo | None:
+        """The LoRA of that name, if there is one."""
+        return next((lora for lora in self.loras if lora.name == name), None)
 
     def sigmas(self, schedule: str, steps: int) -> tuple[float, ...]:
         """[steps + 1] noise levels of a generation by one of SCHEDULES, decreasing to 0."""
@@ -306,12 +357,13 @@ class Catalog:
 
 
 def load_engine(folder: Path) -> Engine:
-    """Reads and checks `folder/engine.json`. Raises EngineError."""
+    """Reads and checks `folder/engine.json` and the descriptions of its LoRAs. Raises EngineError."""
     path = folder / DESCRIPTOR
+    loras = [load_lora(each) for each in sorted((folder / LORAS).glob("*.json"))]
     try:
         text = path.read_bytes()
         digest = f"sha256:{hashlib.sha256(text).hexdigest()}"
-        engine = Engine.model_validate({**json.loads(text), "digest": digest})
+        engine = Engine.model_validate({**json.loads(text), "digest": digest, "loras": loras})
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -319,6 +371,19 @@ def load_engine(folder: Path) -> Engine:
     if engine.id != folder.name:
         raise EngineError(f"{path} names its engine {engine.id!r}, but its folder is {folder.name!r}; make them equal")
     return engine
+
+
+def load_lora(path: Path) -> LoraInfo:
+    """Reads and checks the description of a LoRA. Raises EngineError."""
+    try:
+        lora = LoraInfo.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise EngineError(f"{path} is not a valid description of a LoRA: {error}") from error
+    if lora.name != path.stem:
+        raise EngineError(f"{path} names its LoRA {lora.name!r}; make both equal")
+    return lora
 
 
 def load_catalog(model_repository: Path, default_engine: str = "") -> Catalog:

@@ -173,10 +173,10 @@ class Generation:
     def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
         cache = self.schedulers.block_cache(self.request)
-        channels = self.conditionings[part.number]
+        unet, channels = self.schedulers.unet_of(self.request), self.conditionings[part.number]
         if channels is not None:
             channels = with_noise(self.request, channels, noise)
-        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet, clip, cache, channels)
+        denoiser = Denoiser(self.request, self.guidance, unet, clip, cache, channels)
         self.denoisers.append(denoiser)
 
         async def denoise(query: Query) -> Array:

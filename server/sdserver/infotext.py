@@ -59,10 +59,12 @@ def _prompts(request: GenerationRequest) -> list[str]:
     positive = [prompt for prompt in request.prompts if prompt.weight > 0 or (composable and prompt.weight < 0)]
     negative = [prompt for prompt in request.prompts if prompt.weight < 0 and not composable]
     total = sum(prompt.weight for prompt in positive)
+    loras = [f"<lora:{lora.info.name}:{lora.weight:.6g}>" for lora in request.loras]
     shares = [prompt.weight if composable else prompt.weight / total for prompt in positive]
-    lines = [
-        " AND ".join(_weighted(prompt, share, len(positive)) for prompt, share in zip(positive, shares, strict=True))
-    ]
+    shown = " AND ".join(
+        _weighted(prompt, share, len(positive)) for prompt, share in zip(positive, shares, strict=True)
+    )
+    lines = [" ".join(filter(None, [shown, *loras]))]
     if negative:
         # How far the unconditional branch moves towards the negatives: see `guidance.blend`.
         moved = min(1.0, -sum(prompt.weight for prompt in negative) / (total or 1.0))

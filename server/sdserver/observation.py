@@ -18,6 +18,7 @@ StepModel = Literal[
     "unet",
     "unet_with_features",
     "unet_from_features",
+    "unet_lora",
     "vae_decoder",
     "vae_encoder",
     "clip_guidance",
@@ -27,7 +28,7 @@ StepModel = Literal[
 """Models that generations ask, each through a step scheduler of its own. The second and third are the two modes of
 `unet_cache`."""
 
-UNET_MODELS: tuple[StepModel, ...] = ("unet", "unet_with_features", "unet_from_features")
+UNET_MODELS: tuple[StepModel, ...] = ("unet", "unet_with_features", "unet_from_features", "unet_lora")
 """Those that compute UNet rows."""
 
 ANONYMOUS = "anonymous"

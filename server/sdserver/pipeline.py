@@ -119,8 +119,8 @@ class Pipeline:
         if clip is not None and clip.prompt:
             texts["clip_guidance.prompt"] = clip.prompt, ()
         empty, *encoded = await asyncio.gather(
-            self._texts.encode_text(engine, "", ()),
-            *(self._texts.encode_text(engine, text, emphasis) for text, emphasis in texts.values()),
+            self._texts.encode_text(engine, "", (), request.loras),
+            *(self._texts.encode_text(engine, text, emphasis, request.loras) for text, emphasis in texts.values()),
         )
         most = engine.limits.max_prompt_chunks
         too_long = {

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdserver.canvas import Canvas, Fit, Outpaint
-    from sdserver.engines import Engine, Windows
+    from sdserver.engines import Engine, LoraInfo, Windows
 
 Blending = Literal["text_encoder", "composable"]
 BLENDINGS: tuple[Blending, ...] = ("text_encoder", "composable")
@@ -109,6 +109,14 @@ class TwoPass:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of the engine, and the factor of what it adds to the weights, -4 to 4."""
+
+    info: LoraInfo
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """File format; `quality` 1 to 100 for lossy formats, None otherwise; whether the file says how it was made."""
 
@@ -154,6 +162,7 @@ class GenerationRequest:
     variation: Variation | None = None
     two_pass: TwoPass | None = None
     """None: one pass."""
+    loras: tuple[Lora, ...] = ()
     block_cache_interval: int = 1
     """Steps from one run of the whole UNet to the next; 1: each evaluation is one."""
     windows: Windows | None = None

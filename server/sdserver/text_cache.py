@@ -12,9 +12,9 @@ from sdserver.observation import Observer
 if TYPE_CHECKING:
     from sdserver.backends import Backend, EncodedText
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
-    Key = tuple[str, str, tuple[Emphasis, ...]]
+    Key = tuple[str, str, tuple[Emphasis, ...], tuple[tuple[str, float], ...]]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +26,9 @@ class _Call:
 
 
 class TextCache:
-    """Text states by engine digest, text and emphasis; the least recently used go first. Weights are not part of them.
+    """Text states by engine digest, text, emphasis and LoRAs; the least recently used go first.
+
+    The prompts' weights are not part of them.
 
     Holds at most `max_bytes` of states. Callers that ask for the same text at the same time share one call.
     """
@@ -44,12 +46,16 @@ class TextCache:
         """Bytes of the states that are held now."""
         return self._bytes
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         """What the backend's `encode_text` gives, with its errors; errors are not remembered.
 
         When the last caller that waits for a call is cancelled, so is the call.
         """
-        key = (engine.digest, text, emphasis)
+        # Only those count that change them.
+        loras = tuple(lora for lora in loras if lora.weight != 0 and lora.info.text_encoder_modules)
+        key = (engine.digest, text, emphasis, tuple((lora.info.sha256, lora.weight) for lora in loras))
         known = self._known.get(key)
         call = self._running.get(key)
         self._observer.text_asked(known=known is not None or call is not None)
@@ -57,7 +63,7 @@ class TextCache:
             self._known.move_to_end(key)
             return known
         if call is None:
-            call = _Call(asyncio.create_task(self._encode(key, engine), name="encode text"))
+            call = _Call(asyncio.create_task(self._encode(key, engine, loras), name="encode text"))
             self._running[key] = call
         call.waiting += 1
         try:
@@ -75,9 +81,9 @@ class TextCache:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _encode(self, key: Key, engine: Engine) -> EncodedText:
-        _, text, emphasis = key
-        encoded = await self._backend.encode_text(engine, text, emphasis)
+    async def _encode(self, key: Key, engine: Engine, loras: tuple[Lora, ...]) -> EncodedText:
+        _, text, emphasis, _ = key
+        encoded = await self._backend.encode_text(engine, text, emphasis, loras)
         # Callers share the arrays.
         encoded.states.flags.writeable = False
         if encoded.features is not None:

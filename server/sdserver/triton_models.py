@@ -6,8 +6,14 @@ in and out.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from sdserver.engines import LORA_ROLE, MAX_LORAS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +34,7 @@ class _Role:
 
 Device = Literal["auto", "cpu", "gpu"]
 _PREDICTING = ("unet", "unet_cache")
+_AUTOENCODER = ("vae_decoder", "vae_encoder")
 # Triton makes a group of KIND_AUTO one instance on each GPU, or one on the CPU where it sees none.
 _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
@@ -36,7 +43,8 @@ _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIN
 class Placement:
     """Where an engine's models run, and how; an empty text, and None, leave it to the machine that they start on.
 
-    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`.
+    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`. A `precision` of
+    fp32 holds for the autoencoder, too.
     """
 
     device: Device = "auto"
@@ -49,8 +57,12 @@ class Placement:
     def parameters(self, role: str) -> dict[str, str]:
         """Those of one model's `config.pbtxt`."""
         said: dict[str, str] = {} if self.threads is None else {"threads": str(self.threads)}
+        if role in (*_PREDICTING, LORA_ROLE):
+            said |= {"precision": self.precision, "row_buckets": self.row_buckets}
         if role in _PREDICTING:
-            said |= {"precision": self.precision, "runtime": self.runtime, "row_buckets": self.row_buckets}
+            said["runtime"] = self.runtime
+        if role in _AUTOENCODER and self.precision == "fp32":
+            said["precision"] = self.precision
         if role == "unet" and self.compile:
             said["compile"] = "true"
         return {name: value for name, value in said.items() if value}
@@ -73,6 +85,7 @@ _ROLES = {
             ("chunk_count", "INT32", "1"),
             ("text_features", "FP32", "{features}"),
         ),
+        (("lora_digest", "UINT8", "-1, 32"), ("lora_weight", "FP32", "-1")),
     ),
     "unet": _Role("One denoising step's prediction.", "UNetModel", _UNET_INPUTS, (("prediction", "FP32", _LATENTS),)),
     "vae_decoder": _Role(
@@ -117,6 +130,12 @@ _ROLES = {
         (("prediction", "FP32", "-1, -1, -1"),),
         (("features", "FP32", "{cached}, -1, -1"),),
     ),
+    LORA_ROLE: _Role(
+        "A denoising step's prediction with LoRAs.",
+        "UNetLoraModel",
+        (*_UNET_INPUTS, ("lora_digest", "UINT8", f"{MAX_LORAS}, 32"), ("lora_weight", "FP32", f"{MAX_LORAS}")),
+        (("prediction", "FP32", _LATENTS),),
+    ),
 }
 
 
@@ -133,6 +152,26 @@ def model_files(engine: Engine, features: int | None, placement: Placement | Non
             ("1/model.py", _model(_ROLES[role])),
         )
     }
+
+
+def parameters(configuration: str) -> dict[str, str]:
+    """The parameters in the text of a model's `config.pbtxt`."""
+    said = text_format.Parse(configuration, ModelConfig()).parameters
+    return {name: value.string_value for name, value in said.items()}
+
+
+def lora_model_files(engine: Engine, unet_configuration: str) -> dict[str, str]:
+    """The files of the model of an engine's LoRAs, which runs where its UNet does, by their path in the repository."""
+    said = parameters(unet_configuration)
+    kind = re.search(r"\bKIND_(AUTO|CPU|GPU)\b", unet_configuration)
+    placement = Placement(
+        next(device for device, name in _KINDS.items() if kind is None or name == kind[0]),
+        said.get("precision", ""),
+        row_buckets=said.get("row_buckets", ""),
+        threads=int(said["threads"]) if "threads" in said else None,
+    )
+    files = model_files(engine, None, placement)
+    return {name: text for name, text in files.items() if name.startswith(f"{engine.model(LORA_ROLE)}/")}
 
 
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:

@@ -42,12 +42,16 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     digest = hashlib.sha256()
-    with unfinished.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-            digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     unfinished.replace(path)
     return digest.hexdigest()
 
@@ -57,8 +61,12 @@ def size_of(tensors: Tensors, dtype: torch.dtype) -> int:
     return sum(_bytes(tensor, dtype) for tensor in tensors.values())
 
 
-def write_safetensors(path: Path, tensors: Tensors, dtype: torch.dtype, progress: Progress = lambda _: None) -> str:
-    """Writes tensors as `dtype`, whole numbers as they are, with one of them in memory at a time; returns the SHA-256.
+def write_safetensors(
+    path: Path, tensors: Tensors, dtype: torch.dtype | None, progress: Progress = lambda _: None
+) -> str:
+    """Writes tensors as `dtype`, whole numbers and, without one, all as they are; returns the SHA-256.
+
+    One of them is in memory at a time.
 
     `progress` gets the number of bytes of each tensor. Raises ConversionError for a value that `dtype` cannot hold.
     """
@@ -84,11 +92,13 @@ def write_safetensors(path: Path, tensors: Tensors, dtype: torch.dtype, progress
     return write_file(path, blocks())
 
 
-def _target(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
+def _target(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return tensor.dtype
     return dtype if tensor.dtype.is_floating_point else torch.int64
 
 
-def _bytes(tensor: LazyTensor, dtype: torch.dtype) -> int:
+def _bytes(tensor: LazyTensor, dtype: torch.dtype | None) -> int:
     numbers = 1
     for length in tensor.shape:
         numbers *= length

@@ -35,7 +35,7 @@ SAFETY_MODE_BLUR: SafetyMode
 SAFETY_MODE_BLOCK: SafetyMode
 
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "conditioning", "estimates_depth", "upscaling")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "loras", "conditioning", "estimates_depth", "upscaling")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Engine(_message.Message):
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
     SAFETY_MODE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_CACHE_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     CONDITIONING_FIELD_NUMBER: _ClassVar[int]
     ESTIMATES_DEPTH_FIELD_NUMBER: _ClassVar[int]
     UPSCALING_FIELD_NUMBER: _ClassVar[int]
@@ -79,10 +80,11 @@ class Engine(_message.Message):
     windows: WindowDefaults
     safety_mode: SafetyMode
     block_cache: bool
+    loras: _containers.RepeatedCompositeFieldContainer[LoraInfo]
     conditioning: Conditioning
     estimates_depth: bool
     upscaling: UpscalingSupport
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., conditioning: _Optional[_Union[Conditioning, str]] = ..., estimates_depth: _Optional[bool] = ..., upscaling: _Optional[_Union[UpscalingSupport, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[LoraInfo, _Mapping]]] = ..., conditioning: _Optional[_Union[Conditioning, str]] = ..., estimates_depth: _Optional[bool] = ..., upscaling: _Optional[_Union[UpscalingSupport, _Mapping]] = ...) -> None: ...
 
 class UpscalingSupport(_message.Message):
     __slots__ = ("factor", "max_noise_level")
@@ -91,6 +93,24 @@ class UpscalingSupport(_message.Message):
     factor: int
     max_noise_level: int
     def __init__(self, factor: _Optional[int] = ..., max_noise_level: _Optional[int] = ...) -> None: ...
+
+class LoraInfo(_message.Message):
+    __slots__ = ("name", "title", "description", "trigger_words", "license", "sha256", "text_encoder")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TRIGGER_WORDS_FIELD_NUMBER: _ClassVar[int]
+    LICENSE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    TEXT_ENCODER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    title: str
+    description: str
+    trigger_words: _containers.RepeatedScalarFieldContainer[str]
+    license: License
+    sha256: str
+    text_encoder: bool
+    def __init__(self, name: _Optional[str] = ..., title: _Optional[str] = ..., description: _Optional[str] = ..., trigger_words: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., sha256: _Optional[str] = ..., text_encoder: _Optional[bool] = ...) -> None: ...
 
 class ClipGuidanceSupport(_message.Message):
     __slots__ = ("presets", "exact")

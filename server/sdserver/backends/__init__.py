@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +39,10 @@ class Backend(Protocol):
     them fails; cancelling a call withdraws it where it runs.
     """
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
-        """Text states from the penultimate layer of the text tower, emphasis applied."""
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
+        """Text states from the penultimate layer of the text tower, with LoRAs and emphasis applied."""
         ...
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
@@ -62,6 +65,21 @@ class Backend(Protocol):
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, features: Floats
     ) -> Floats:
         """[B, C, h, w] predictions by the UNet's outermost blocks, from features [B, F, h, w] of another step."""
+        ...
+
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        """As `predict`, with the LoRAs of each row: their SHA-256 [B, K, 32] and weights [B, K], 0 for none.
+
+        Only where the engine has LoRAs; K is `engines.MAX_LORAS`.
+        """
         ...
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdserver.backends import Backend, EncodedText, Floats, Integers, Pixels
+    from sdserver.backends import Backend, Bytes, EncodedText, Floats, Integers, Pixels
     from sdserver.engines import Engine
     from sdserver.observation import Observer
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
 
 
 class ObservedBackend:
@@ -18,9 +18,11 @@ class ObservedBackend:
         self._backend = backend
         self._observer = observer
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
         with self._observer.model(engine.id, "text_encoder", 1):
-            return await self._backend.encode_text(engine, text, emphasis)
+            return await self._backend.encode_text(engine, text, emphasis, loras)
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         with self._observer.model(engine.id, "unet", len(latents)):
@@ -37,6 +39,18 @@ class ObservedBackend:
     ) -> Floats:
         with self._observer.model(engine.id, "unet_cache", len(latents)):
             return await self._backend.predict_from_features(engine, latents, timesteps, text_states, features)
+
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        with self._observer.model(engine.id, "unet_lora", len(latents)):
+            return await self._backend.predict_with_loras(engine, latents, timesteps, text_states, digests, weights)
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         with self._observer.model(engine.id, "vae_decoder", len(latents)):

@@ -15,16 +15,18 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from sdserver.backends import EncodedText
 from sdserver.backends.shared_memory import SharedMemory
+from sdserver.engines import LORA_ROLE
 from sdserver.errors import GenerationFailed, Unavailable
+from sdserver.lora_rows import lora_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from numpy.typing import NDArray
 
-    from sdserver.backends import Floats, Integers, Pixels
+    from sdserver.backends import Bytes, Floats, Integers, Pixels
     from sdserver.engines import Engine
-    from sdserver.request import Emphasis
+    from sdserver.request import Emphasis, Lora
     from sdserver.safety_model import SafetyModel
 
 log = structlog.get_logger()
@@ -65,12 +67,17 @@ class TritonBackend:
         self._memory = SharedMemory(self._client, url)
         self._reloads: dict[str, asyncio.Task[None]] = {}
 
-    async def encode_text(self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...]) -> EncodedText:
-        inputs = {
+    async def encode_text(
+        self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
+    ) -> EncodedText:
+        inputs: dict[str, NDArray[Any]] = {
             "text": np.array([[text.encode()]], dtype=object),
             "emphasis_range": np.array([(part.start, part.end) for part in emphasis], np.int32).reshape(1, -1, 2),
             "emphasis_factor": np.array([[part.factor for part in emphasis]], np.float32),
         }
+        if loras:
+            digests, weights = lora_arrays(loras, len(loras))
+            inputs |= {"lora_digest": digests[None], "lora_weight": weights[None]}
         outputs = "text_states", "token_count", "chunk_count"
         optional = () if engine.clip_guidance is None else ("text_features",)
         text_states, token_count, chunk_count, *features = await self._infer(
@@ -105,6 +112,24 @@ class TritonBackend:
         }
         shape = _like_latents(engine, latents)
         return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
+
+    async def predict_with_loras(
+        self,
+        engine: Engine,
+        latents: Floats,
+        timesteps: Floats,
+        text_states: Floats,
+        digests: Bytes,
+        weights: Floats,
+    ) -> Floats:
+        inputs: dict[str, NDArray[Any]] = {
+            "latents": latents,
+            "timestep": timesteps[:, None],
+            "text_states": text_states,
+            "lora_digest": digests,
+            "lora_weight": weights,
+        }
+        return await self._mapped(engine.model(LORA_ROLE), inputs, "prediction", latents.shape, np.float32)
 
     async def decode(self, engine: Engine, latents: Floats) -> Pixels:
         rows, _, height, width = latents.shape
@@ -151,7 +176,10 @@ class TritonBackend:
         return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", shape, np.float32)
 
     async def load(self, engine: Engine) -> None:
-        await asyncio.gather(*(self._changed(self._client.load_model(model), model) for model in engine.models))
+        # Triton would load again what it has.
+        loaded = await asyncio.gather(*map(self._is_loaded, engine.models))
+        missing = [model for model, there in zip(engine.models, loaded, strict=True) if not there]
+        await asyncio.gather(*(self._changed(self._client.load_model(model), model) for model in missing))
 
     async def unload(self, engine: Engine) -> None:
         await asyncio.gather(*(self._changed(self._client.unload_model(model), model) for model in engine.models))
@@ -180,6 +208,12 @@ class TritonBackend:
         except InferenceServerException:
             return False
         return all(answers) and not any(model in self._reloads for model in models)
+
+    async def _is_loaded(self, model: str) -> bool:
+        try:
+            return bool(await self._client.is_model_ready(model, client_timeout=READY_SECONDS))
+        except InferenceServerException:
+            return False
 
     async def close(self) -> None:
         for reload in self._reloads.values():

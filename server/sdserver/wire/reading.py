@@ -14,6 +14,7 @@ from sdserver.samplers import noise_options, samplers_with
 from sdserver.wire.names import BLENDING_NAMES, SAMPLER_NAMES, SCHEDULE_NAMES, Names
 from sdserver.wire.reading_clip_guidance import read_clip_guidance
 from sdserver.wire.reading_images import MAX_CHOSEN_SEED, ImageFields
+from sdserver.wire.reading_loras import read_loras
 from sdserver.wire.reading_windows import check_tiling, read_windows
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class _Reader:
             guidance_interval=self._guidance_interval(),
             guidance_rescale=self._number("guidance_rescale", 0.0, 1.0, 0.0),
             clip_guidance=read_clip_guidance(message, self._engine, prompts, self._violations),
+            loras=read_loras(message, self._engine, self._violations),
             block_cache_interval=self._block_cache_interval(),
             output=self._output(),
             preview_every_steps=self._preview_every_steps(),

@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from sdapi.v1 import engine_pb2, generation_pb2
 
-from sdserver.engines import SCHEDULES, Engine
+from sdserver.engines import SCHEDULES, Engine, LoraInfo
 from sdserver.images import MEDIA_TYPES
 from sdserver.request import Accepted, Finished, Image, Preview, Progress
 from sdserver.samplers import SAMPLERS, samplers_with
@@ -84,6 +84,10 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         ),
         variation=None if request.variation is None else generation_pb2.Variation(**asdict(request.variation)),
         two_pass=None if request.two_pass is None else generation_pb2.TwoPass(**asdict(request.two_pass)),
+        loras=[
+            generation_pb2.Lora(name=lora.info.name, weight=lora.weight, sha256=lora.info.sha256)
+            for lora in request.loras
+        ],
         block_cache=None
         if request.block_cache_interval == 1
         else generation_pb2.BlockCache(interval=request.block_cache_interval),
@@ -226,12 +230,25 @@ def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> 
         ),
         estimates_depth="depth_estimator" in engine.optional_roles,
         conditioning=CONDITIONING_NAMES.number(engine.conditioning),  # type: ignore[arg-type]
+        loras=[_lora_info(lora) for lora in engine.loras],
         clip_guidance=None
         if engine.clip_guidance is None
         else engine_pb2.ClipGuidanceSupport(
             presets=[engine_pb2.ClipGuidancePreset(**preset.model_dump()) for preset in engine.clip_guidance.presets],
             exact="unet_gradient" in engine.optional_roles,
         ),
+    )
+
+
+def _lora_info(lora: LoraInfo) -> engine_pb2.LoraInfo:
+    return engine_pb2.LoraInfo(
+        name=lora.name,
+        title=lora.title,
+        description=lora.description,
+        trigger_words=lora.trigger_words,
+        license=None if lora.license is None else engine_pb2.License(**lora.license.model_dump()),
+        sha256=lora.sha256,
+        text_encoder=lora.text_encoder_modules > 0,
     )
 
 
