@@ -95,10 +95,10 @@ class UNet:
     ) -> NDArray[np.float32]:
         """[B, 4, h, w] prediction for latents [B, U, h, w], timesteps [B] and text states [B, T, D].
 
-        U is 4 and, in UNets that take more than noisy latents, the channels of that after them (the last one may be
-        `class_labels`). T may be any number of
-        text states: the UNet attends to all of them. Timesteps count from 0 to 999 and may lie between two. Whether
-        noise or velocity is predicted is the engine's matter. Raises `InvalidInput` where the numbers of rows disagree.
+        U is 4 and, in UNets that take more than noisy latents, the channels of that after them (an upscaler's label is
+        one, too: `class_labels`). T may be any number of text states: the UNet attends to all of them. Timesteps count
+        from 0 to 999 and may lie between two. Whether noise or velocity is predicted is the engine's matter. Raises
+        `InvalidInput` where the numbers of rows disagree.
         """
         if not len(latents) == len(timesteps) == len(text_states):
             raise InvalidInput(
