@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format proto bench bench-full invariance serve chart check-helm check-images train evaluate clean
+.PHONY: demo test check format proto bench bench-full parity-full memory invariance serve chart check-helm check-images train evaluate clean
 
 demo: .venv/.ready ## Start a real Triton and the server, write images from prompts, stop everything.
 	$(BIN)/python examples/demo.py
@@ -42,8 +42,14 @@ bench: .venv/.ready ## Measure speed and memory, against diffusers, request-leve
 bench-full: .venv/.ready ## Measure a step of SD 2.1's own UNet, with random weights; 12 GB of memory.
 	$(BIN)/python -m benchmarks.full_size
 
-invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ.
-	INVARIANCE_CASES=420 $(BIN)/python -m pytest tests/test_batch_invariance.py
+parity-full: .venv/.ready ## SD 2.1 at full size with random weights: our picture against diffusers'; 8 GB of memory.
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.parity_full
+
+memory: .venv/.ready ## What the models of SD 2.1 take of memory, loading and at work; 6 GB of it.
+	$(BIN)/python -m benchmarks.memory
+
+invariance: .venv/.ready ## Compare 420 files with those that were made alone: not a byte may differ. Let 1,000 callers leave.
+	INVARIANCE_CASES=420 RANDOM_CANCELS=1000 $(BIN)/python -m pytest tests/test_batch_invariance.py tests/test_random_cancels.py
 
 serve: .venv/.ready ## Run Triton and the server until Ctrl-C.
 	$(BIN)/sdserver up
@@ -57,7 +63,7 @@ check-helm: .venv/.ready .venv/checkov/.ready ## The chart, further than `make t
 	.venv/checkov/bin/checkov --directory helm/golden --config-file helm/checkov.yaml
 
 check-images: .venv/.ready ## The server's image, by the steps of its Dockerfile in a folder of its own.
-	CHECK_IMAGES=1 $(BIN)/python -m pytest -s tests/test_images.py
+	CHECK_IMAGES=1 $(BIN)/python -m pytest -s tests/test_images_install.py
 
 train: .venv/.ready ## Make an engine from nothing: world, autoencoder, CLIP, UNet, evaluation, card. Hours; resumes.
 	OMP_WAIT_POLICY=PASSIVE nice -n 19 $(BIN)/python -m training

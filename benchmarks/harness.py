@@ -57,10 +57,10 @@ class Calls(Observer):
         """Rows of calls that ended between two times of `time.perf_counter`."""
         return sum(call.useful for call in self.calls if since <= call.ended < until)
 
-    @property
-    def fill(self) -> float:
-        """Rows over the bound, of all calls."""
-        return sum(call.rows for call in self.calls) / max(1, sum(call.bound for call in self.calls))
+    def fill(self, since: float, until: float) -> float:
+        """Rows over the bound, of calls that ended between two times of `time.perf_counter`."""
+        calls = [call for call in self.calls if since <= call.ended < until]
+        return sum(call.rows for call in calls) / max(1, sum(call.bound for call in calls))
 
 
 @asynccontextmanager

@@ -67,6 +67,9 @@ class Instant:
     async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
         raise NotImplementedError
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        raise NotImplementedError
+
     async def classify(self, pictures: Pixels) -> Floats:
         raise NotImplementedError
 

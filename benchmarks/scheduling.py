@@ -1,7 +1,8 @@
 """How the step scheduler treats those who share it, through the real SDK, server and Triton.
 
 joining   how long a newcomer waits for its first UNet row, in step times of those in flight
-leaving   how long after a caller has gone its last row goes into a call, in step times
+leaving   how long after a caller has gone its last row goes into a call, in step times: callers cancel, run into their
+          deadline, or close their connection, in turns
 small     how much longer images of the smallest shape take beside larger ones than alone
 stalled   what a caller that does not read its events costs the others
 """
@@ -14,11 +15,11 @@ import random
 import statistics
 import sys
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sdclient import Accepted, AsyncClient, PreviewOptions, Progress
+from sdclient import Accepted, AsyncClient, DeadlineExceededError, PreviewOptions, Progress
 from sdserver import logs
 from sdserver.observation import CURRENT_CALL, Observer, StepObserver
 from sdserver.server import Server
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sdserver.settings import ServeSettings
 
 IN_FLIGHT = 8
+DECODED_SECONDS = 1.5
 SMALL: dict[str, Any] = {"steps": 12}
 LARGE: list[dict[str, Any]] = [
     {"steps": 12, "width": 256},
@@ -93,7 +95,31 @@ async def in_flight(client: AsyncClient, options: Sequence[dict[str, Any]]) -> A
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def joining_and_leaving(client: AsyncClient, rows: Rows, times: int) -> tuple[list[float], list[float]]:
+async def gone_at(
+    client: AsyncClient, address: str, name: str, how: str, steps: int, step: float
+) -> tuple[float, float]:
+    """When a newcomer was accepted, and when it had gone after about so many steps, on `time.perf_counter`."""
+    accepted = gone = 0.0
+    timeout = (steps + 1) * step if how == "deadline" else None
+    async with AsyncClient(address) as own:
+        caller = own if how == "disconnect" else client
+        stream = caller.stream("a lake", steps=20, request_id=name, timeout=timeout)
+        with suppress(DeadlineExceededError):
+            async with stream as events:
+                async for event in events:
+                    if isinstance(event, Accepted):
+                        accepted = time.perf_counter()
+                    if how != "deadline" and isinstance(event, Progress) and event.step >= steps:
+                        break
+                if how == "disconnect":
+                    await own.close()
+        gone = time.perf_counter()
+    return accepted, gone
+
+
+async def joining_and_leaving(
+    client: AsyncClient, address: str, rows: Rows, times: int
+) -> tuple[list[float], list[float]]:
     """Step times until a newcomer's first row, and from a caller's leaving to its last row; one after the other."""
     generator = random.Random(1)
     joined: list[float] = []
@@ -103,15 +129,10 @@ async def joining_and_leaving(client: AsyncClient, rows: Rows, times: int) -> tu
         for number in range(times):
             await asyncio.sleep(generator.random() * 0.5)
             name = f"newcomer-{number}"
-            steps = generator.randrange(2, 5)
-            accepted = gone = 0.0
-            async with client.stream("a lake", steps=20, request_id=name) as events:
-                async for event in events:
-                    if isinstance(event, Accepted):
-                        accepted = time.perf_counter()
-                    if isinstance(event, Progress) and event.step >= steps:
-                        break
-                gone = time.perf_counter()
+            steps, how = generator.randrange(2, 5), ("cancel", "deadline", "disconnect")[number % 3]
+            accepted, gone = await gone_at(client, address, name, how, steps, statistics.median(step_seconds))
+            if not accepted or name not in rows.sent:
+                continue
             # Long enough for what it left behind to be seen.
             await asyncio.sleep(3 * statistics.median(step_seconds))
             step = statistics.median(step_seconds[-100:])
@@ -131,7 +152,7 @@ async def seconds_of(client: AsyncClient, options: dict[str, Any], times: int) -
 
 async def small_among_large(client: AsyncClient, times: int) -> float:
     """The 99th percentile of a small image's time beside larger ones, over its median alone."""
-    alone = await seconds_of(client, SMALL, max(5, times // 3))
+    alone = await seconds_of(client, SMALL, max(5, times // 4))
     async with in_flight(client, LARGE):
         beside = await seconds_of(client, SMALL, times)
     return quantile(beside, 0.99) / statistics.median(alone)
@@ -145,10 +166,11 @@ async def stalled_reader(client: AsyncClient, address: str, times: int) -> float
         async with AsyncClient(address) as lazy:
             stream = lazy.stream("a lake", steps=1, image_count=4, preview=PreviewOptions(every_steps=1))
             async with stream as events:
-                # Its images are ready, and it does not take them.
                 async for event in events:
                     if isinstance(event, Progress) and event.step == 1:
                         break
+                # Its images are ready by then, and it does not take them.
+                await asyncio.sleep(DECODED_SECONDS)
                 [beside] = await seconds_of(client, SMALL, 1)
         ratios.append(beside / without)
     return statistics.median(ratios)
@@ -160,10 +182,10 @@ async def measure(rounds: int) -> dict[str, list[float]]:
         for _ in range(rounds):
             rows = Rows()
             async with served(settings, rows) as (client, address):
-                joined, left = await joining_and_leaving(client, rows, 25)
+                joined, left = await joining_and_leaving(client, address, rows, 36)
                 found["joining"].append(quantile(joined, 0.95))
                 found["leaving"].append(quantile(left, 0.99))
-                found["small"].append(await small_among_large(client, 12))
+                found["small"].append(await small_among_large(client, 30))
                 found["stalled"].append(await stalled_reader(client, address, 8))
     return found
 

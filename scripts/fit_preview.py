@@ -2,6 +2,8 @@
 
     python scripts/fit_preview.py tiny-landscape "a lake at dusk" "a forest" "a house at night"
 
+`sdserver engine add` fits one to coloured noise; this one, to the engine's own images, is a little nearer.
+
 It generates images from the prompts, compares their latents with their pixels, and writes `preview_map` into the
 engine's descriptor. More, and more different, prompts fit better.
 """
@@ -13,8 +15,8 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 from sdapi.v1 import generation_pb2
+from sdmodels.preview_map import fit
 from sdserver import wire
 from sdserver.admission import Admission
 from sdserver.backends.in_process import InProcessBackend
@@ -63,22 +65,6 @@ async def record(engine: Engine, model_repository: Path, prompts: list[str]) -> 
     return backend.decoded
 
 
-def fit(decoded: list[tuple[Floats, Pixels]]) -> tuple[list[list[float]], list[float], float]:
-    """The least-squares matrix [3, C] and bias [3], and the root mean square of what they miss, in RGB of 0 to 1."""
-    inputs, outputs = [], []
-    for latents, pixels in decoded:
-        channels, height, width = latents.shape
-        scale = pixels.shape[0] // height
-        places = pixels.reshape(height, scale, width, scale, 3).mean(axis=(1, 3)) / 255
-        inputs.append(np.column_stack([latents.reshape(channels, -1).T, np.ones(height * width)]))
-        outputs.append(places.reshape(-1, 3))
-    known, wanted = np.concatenate(inputs), np.concatenate(outputs)
-    solution, *_ = np.linalg.lstsq(known, wanted, rcond=None)
-    missed = float(np.sqrt(np.mean((known @ solution - wanted) ** 2)))
-    rounded = solution.round(4)
-    return rounded[:-1].T.tolist(), rounded[-1].tolist(), missed
-
-
 def main() -> None:
     """Fits and writes the map of the engine that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,11 +74,11 @@ def main() -> None:
     model_repository = ServeSettings().model_repository
     path = model_repository / "engines" / arguments.engine / "engine.json"
     decoded = asyncio.run(record(load_engine(path.parent), model_repository, arguments.prompts))
-    matrix, bias, missed = fit(decoded)
+    found = fit(decoded)
     descriptor = json.loads(path.read_text())
-    descriptor["preview_map"] = {"matrix": matrix, "bias": bias}
+    descriptor["preview_map"] = {"matrix": found.matrix, "bias": found.bias}
     path.write_text(json.dumps(descriptor, indent=2) + "\n")
-    print(f"wrote preview_map into {path.name}: it misses the decoder's colours by {missed:.3f} of 1 (RMS)")
+    print(f"wrote preview_map into {path.name}: it misses the decoder's colours by {found.missed:.3f} of 1 (RMS)")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from charts import Object, containers, environment, of_kind, pod_templates
 
@@ -39,6 +40,8 @@ RESTRICTED_VOLUMES = {
     "projected",
     "secret",
 }
+# Variables of the server that say whom it asks.
+ASKED = ("SDSERVER_TRITON_URL", "OTEL_EXPORTER_OTLP_ENDPOINT", "SDSERVER_C2PA_TIMESTAMP_AUTHORITY")
 # Names of variables whose values nobody but the process should read.
 SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$")
 
@@ -280,6 +283,17 @@ def stopping_has_its_time(objects: list[Object]) -> Iterator[str]:
                     yield f"{_title(each)} cuts a stream off that the server would finish"
 
 
+def rollouts_wait_for_engines(objects: list[Object]) -> Iterator[str]:
+    """A rollout counts as failed no sooner than the job that adds engines and the models' start may take."""
+    waits = sum(job["spec"]["activeDeadlineSeconds"] for job in of_kind(objects, "Job"))
+    for _, pod in pod_templates(objects):
+        for container in containers(pod):
+            waits += int(environment(container).get("SDSERVER_TRITON_START_SECONDS", 0))
+    for each in of_kind(objects, "Deployment"):
+        if each["spec"].get("progressDeadlineSeconds", 600) <= waits:
+            yield f"{_title(each)} has failed before it can have its engines"
+
+
 def updates_can_begin(objects: list[Object]) -> Iterator[str]:
     for each in of_kind(objects, "Deployment"):
         rolling = each["spec"]["strategy"]["rollingUpdate"]
@@ -380,6 +394,36 @@ def only_server_and_prometheus_reach_triton(objects: list[Object]) -> Iterator[s
                     yield f"{_title(policy)}: everybody reads Triton's metrics"
 
 
+def policies_let_pods_reach_what_they_ask(objects: list[Object]) -> Iterator[str]:
+    """Those whom its settings name, and their names, for the server; the server for the pod of `helm test`."""
+    for each in of_kind(objects, "NetworkPolicy", "server"):
+        [server] = [container for container in containers(_pods(objects)["server"]) if container["name"] == "server"]
+        variables = environment(server)
+        asked = [variables.get(name, "") for name in ASKED]
+        egress = each["spec"]["egress"]
+        for url in (url for url in asked if url and not url.startswith("127.0.0.1:")):
+            parts = urlsplit(url if "://" in url else f"grpc://{url}")
+            host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+            own = next((one for one in of_kind(objects, "Service") if one["metadata"]["name"] == host), None)
+            ways = [rule for rule in egress if port in {opened["port"] for opened in rule.get("ports", [])}]
+            meant = {own["metadata"]["labels"]["app.kubernetes.io/component"]} if own else None
+            if not any("to" not in rule or (meant and _peers(objects, rule["to"]) == meant) for rule in ways):
+                yield f"{_title(each)} does not let the server reach {host}:{port}"
+        if not any("to" not in rule and 53 in {port["port"] for port in rule["ports"]} for rule in egress):
+            yield f"{_title(each)} does not let the server look names up"
+        peers = [rule.get("from") for rule in each["spec"]["ingress"] if rule["ports"][0]["port"] == "grpc"]
+        if "test" in _pods(objects) and not any(rule is None or "test" in _peers(objects, rule) for rule in peers):
+            yield f"{_title(each)} does not let the test in"
+
+
+def _peers(objects: list[Object], peers: list[Object]) -> set[str]:
+    """Components that peers of a policy select in the release's own namespace."""
+    found = [
+        _selected(objects, peer["podSelector"].get("matchLabels", {})) for peer in peers if set(peer) == {"podSelector"}
+    ]
+    return set().union(*found)
+
+
 def jobs_can_be_changed(objects: list[Object]) -> Iterator[str]:
     for each in of_kind(objects, "Job"):
         if not re.search(r"-[0-9a-f]{10}$", each["metadata"]["name"]):
@@ -397,12 +441,14 @@ LAWS: list[Callable[[list[Object]], Iterator[str]]] = [
     memory_volumes_fit_into_the_limit,
     pods_are_restricted,
     stopping_has_its_time,
+    rollouts_wait_for_engines,
     updates_can_begin,
     autoscalers_have_their_target,
     volumes_and_mounts_are_the_same,
     images_are_pinned,
     secrets_stay_secrets,
     only_server_and_prometheus_reach_triton,
+    policies_let_pods_reach_what_they_ask,
     jobs_can_be_changed,
 ]
 

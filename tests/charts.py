@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ def values_of(name: str) -> Object:
 def defaults() -> Object:
     loaded: Object = yaml.safe_load((CHART / "values.yaml").read_text())
     return loaded
+
+
+def merged(first: Object, second: Object) -> Object:
+    """Values with others over them, as Helm puts them together."""
+    result = copy.deepcopy(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def templates(values: Object, name: str = RELEASE, namespace: str = NAMESPACE, upgrade: bool = False) -> dict[str, str]:

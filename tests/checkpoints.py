@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from open_clip import CLIP
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,21 @@ Tensors = dict[str, torch.Tensor]
 VOCABULARY = 49408
 TEXT_WIDTH = 64
 TEXT_BLOCKS = 4
+FURTHER_CHANNELS = {"none": 0, "inpainting": 5, "depth": 1, "upscaling": 3}
+PIPELINES = {
+    "none": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "depth": "StableDiffusionDepth2ImgPipeline",
+    "upscaling": "StableDiffusionUpscalePipeline",
+}
+# As that of SD 2.0 depth, but for the sizes.
+DEPTH_PREPROCESSOR: dict[str, Any] = {
+    "feature_extractor_type": "DPTFeatureExtractor",
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+    "size": 64,
+}
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -45,14 +60,37 @@ class Model:
 
     family: Literal["1", "2"]
     prediction_type: str
+    conditioning: Literal["none", "inpainting", "depth", "upscaling"] = "none"
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """diffusers' configuration of the noise that it was trained with."""
+        betas = {"beta_start": 0.0001, "beta_end": 0.02} if self.conditioning == "upscaling" else {}
+        return {**SCHEDULER, **betas, "prediction_type": self.prediction_type}
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
         two = self.family == "2"
+        if self.conditioning == "upscaling":
+            torch.manual_seed(1)
+            # As that of the x4 upscaler: its last level, which is as wide as the text states, attends to itself, too.
+            return UNet2DConditionModel(
+                sample_size=128,
+                in_channels=7,
+                block_out_channels=(32, 32, 32, TEXT_WIDTH),
+                down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+                up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+                only_cross_attention=[True, True, True, False],
+                attention_head_dim=8,
+                cross_attention_dim=TEXT_WIDTH,
+                use_linear_projection=True,
+                num_class_embeds=1000,
+            ).eval()
         channels = (64, 64, 128, 128) if two else (32, 32, 64, 64)
         torch.manual_seed(1)
         return UNet2DConditionModel(
             sample_size=96 if self.prediction_type == "v_prediction" else 64,
+            in_channels=4 + FURTHER_CHANNELS[self.conditioning],
             block_out_channels=channels,
             attention_head_dim=[width // 64 for width in channels] if two else 8,
             cross_attention_dim=TEXT_WIDTH,
@@ -63,13 +101,57 @@ class Model:
     @cached_property
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(2)
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 32, 64, 64),
+        channels = (32, 32, 64) if self.conditioning == "upscaling" else (32, 32, 64, 64)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=channels,
             layers_per_block=2,
             sample_size=768 if self.prediction_type == "v_prediction" else 512,
+            scaling_factor=0.08333 if self.conditioning == "upscaling" else 0.18215,
         ).eval()
+        with torch.no_grad():
+            # A posterior without spread: diffusers' pipelines take a sample of it, and the service its mean.
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+        return vae
+
+    @cached_property
+    def depth_estimator(self) -> DPTForDepthEstimation:
+        """A hybrid as MiDaS' own: a transformer on the features of a residual network."""
+        torch.manual_seed(5)
+        module: DPTForDepthEstimation = DPTForDepthEstimation(
+            DPTConfig(
+                is_hybrid=True,
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=64,
+                backbone_out_indices=[0, 1, 2, 3],
+                neck_hidden_sizes=[16, 24, 32, 32],
+                fusion_hidden_size=16,
+                backbone_featmap_shape=[1, 64, 4, 4],
+                backbone_config={
+                    "model_type": "bit",
+                    "global_padding": "same",
+                    "layer_type": "bottleneck",
+                    "depths": [1, 1, 1],
+                    "out_features": ["stage1", "stage2", "stage3"],
+                    "embedding_dynamic_padding": True,
+                    "embedding_size": 16,
+                    "hidden_sizes": [16, 24, 64, 64],
+                    "num_groups": 4,
+                },
+            )
+        )
+        with torch.no_grad():
+            # transformers' own initialisation gives depths that are all but the same.
+            for name, parameter in module.named_parameters():
+                if parameter.ndim > 1 and not name.startswith("dpt.embeddings"):
+                    torch.nn.init.kaiming_uniform_(parameter, a=1)
+        module.requires_grad_(False).train(False)
+        return module
 
     @cached_property
     def clip(self) -> CLIP:
@@ -137,8 +219,16 @@ class Model:
         self.unet.save_pretrained(folder / "unet", **options)
         self.vae.save_pretrained(folder / "vae", **options)
         self.transformers_text_encoder.save_pretrained(folder / "text_encoder", **options)
-        _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-        _write(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": self.prediction_type})
+        if self.conditioning == "depth":
+            self.depth_estimator.save_pretrained(folder / "depth_estimator", **options)
+            _write(folder / "feature_extractor/preprocessor_config.json", DEPTH_PREPROCESSOR)
+        _write(folder / "model_index.json", {"_class_name": PIPELINES[self.conditioning]})
+        _write(folder / "scheduler/scheduler_config.json", self.scheduler)
+        if self.conditioning == "upscaling":
+            _write(
+                folder / "low_res_scheduler/scheduler_config.json",
+                {**self.scheduler, "_class_name": "DDPMScheduler", "prediction_type": "epsilon"},
+            )
         (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# A model card\n")
         return folder
 
@@ -194,6 +284,7 @@ def _as_transformers(clip: Tensors, like: Tensors) -> Tensors:
 
 
 _TOP = {
+    "class_embedding": "label_emb",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
@@ -228,8 +319,8 @@ def original_unet(tensors: Tensors, layers: int) -> Tensors:
         if kind == "downsamplers":
             return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
         if kind == "upsamplers":
-            # The first level above the middle has no attention.
-            return f"output_blocks.{block * (layers + 1) + layers}.{1 if block == 0 else 2}.{rest}"
+            attends = f"up_blocks.{block}.attentions.0.norm.weight" in tensors
+            return f"output_blocks.{block * (layers + 1) + layers}.{2 if attends else 1}.{rest}"
         number = block * (layers + 1) + index + (1 if side == "down_blocks" else 0)
         return f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{rest}"
 

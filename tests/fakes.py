@@ -39,6 +39,8 @@ class FakeBackend:
     texts: list[str] = field(default_factory=list)
     text_loras: list[tuple[Lora, ...]] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    conditionings: list[Floats] = field(default_factory=list)
+    """The channels after the latents, of each row."""
     whole: list[float] = field(default_factory=list)
     """The timesteps of rows whose features were asked for."""
     cached: list[tuple[float, float]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class FakeBackend:
     """The digests and weights of calls with LoRAs."""
     decoded: int = 0
     encoded: list[Pixels] = field(default_factory=list)
+    depths_estimated: int = 0
     clip_seeds: list[int] = field(default_factory=list)
     clip_targets: list[Floats] = field(default_factory=list)
     clip_error: Exception | None = None
@@ -94,7 +97,10 @@ class FakeBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         self._fail()
+        assert latents.shape[1] == engine.unet_channels
         self.batches.append(len(latents))
+        latents, conditioning = np.split(latents, [engine.latents.channels], axis=1)
+        self.conditionings += list(conditioning)
         self.running += 1
         try:
             await asyncio.sleep(self.delay)
@@ -158,10 +164,16 @@ class FakeBackend:
         self.encoded += list(pixels)
         scale = engine.latents.downsampling
         count, height, width, _ = pixels.shape
-        cells = pixels.reshape(count, height // scale, scale, width // scale, scale, 3).mean(axis=(2, 4))
+        cells = pixels[..., :3].reshape(count, height // scale, scale, width // scale, scale, 3).mean(axis=(2, 4))
         colours = ((cells - 128) / 127).transpose(0, 3, 1, 2)
         rest = np.zeros((count, engine.latents.channels - 3, *colours.shape[2:]))
         return np.asarray(np.concatenate([colours, rest], axis=1), np.float32)
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """What is red is near."""
+        self._fail()
+        self.depths_estimated += len(pixels)
+        return pixels[..., 0].astype(np.float32)
 
     async def classify(self, pictures: Pixels) -> Floats:
         self._fail()
@@ -190,6 +202,7 @@ class FakeBackend:
         self.unet_gradients += len(latents)
         # `predict` is linear in its latents.
         alpha, sigma = self._alpha_and_sigma(engine, timesteps)
+        assert latents.shape[1] == engine.unet_channels
         return np.asarray(alpha / sigma * gradients, np.float32)
 
     async def load(self, engine: Engine) -> None:

@@ -181,7 +181,7 @@ async def test_features_come_back_to_the_row_that_they_are_of() -> None:
     ]
     # At most 4 rows a call.
     async with StepScheduler(whole, lambda places: 4) as first, StepScheduler(outermost, lambda places: 4) as second:
-        cached = BlockCache(3, first, second, "anonymous")
+        cached = BlockCache(3, first, second, "anonymous", 4)
         # In the first step, only some of them.
         await cached.predict(7, rows[::2], keys[::2])
         predictions = await cached.predict(8, rows, keys)

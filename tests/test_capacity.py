@@ -162,6 +162,14 @@ def test_a_request_alone_takes_what_its_calls_take(engine: Engine) -> None:
     assert seconds == pytest.approx(0.003 + calls + (3e-5 + 1e-5) * work.places)
 
 
+def test_what_begins_while_the_machine_is_slow_takes_longer(engine: Engine, costs: Costs) -> None:
+    [(work, _)] = plain(engine)
+    [seconds] = simulate([(0.0, work)], Pool(), costs).latencies
+    arrivals = [(0.0, work), (100.0, work)]
+    latencies = simulate(arrivals, Pool(), costs, slowness=lambda now: 3.0 if now < 50 else 1.0).latencies
+    assert latencies == pytest.approx([3 * seconds, seconds])
+
+
 def test_servers_that_share_a_gpu_make_no_more_images_than_one(engine: Engine, costs: Costs) -> None:
     alone = saturated_rate(plain(engine), Pool(), costs)
     assert saturated_rate(plain(engine), Pool(servers=3), costs) == pytest.approx(alone, rel=0.1)

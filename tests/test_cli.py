@@ -363,6 +363,8 @@ def test_flags_about_images_become_their_options(folder: Path) -> None:
     assert (init_image.data, init_image.HasField("strength"), init_image.fit) == (b"lake", True, 2)
     assert (mask.data, mask.HasField("feather")) == (b"mask", True)
     assert (outpaint.left, outpaint.right, outpaint.top, outpaint.bottom) == (64, 0, 8, 0)
+    near = generate("a house", "--depth-map", "mask.png", "--noise-level", "0")
+    assert (near["depth_map"].data, near["upscale"].HasField("noise_level")) == (b"mask", True)
     varied = generate("a lake", "--variation-strength", "0.25", "--variation-seed", "0")["variation"]
     assert (varied.strength, varied.HasField("seed")) == (0.25, True)
     assert not generate("a lake", "--two-pass")["two_pass"].ListFields()

@@ -204,8 +204,9 @@ async def test_the_initial_image_and_the_mask_are_asked_for_by_their_sha256(
     assert await sdclient("reproduce", original, "--init", "init.png", "--mask", "mask.png") == 0
     assert (folder / "lake-again.png").read_bytes() == original.read_bytes()
     plain = await made(stub, folder / "plain.png")
-    assert await sdclient("reproduce", plain, "--init", "init.png") == 1
-    assert "--init: the image was made without one" in capsys.readouterr().err
+    for flag in ("--init", "--depth-map"):
+        assert await sdclient("reproduce", plain, flag, "init.png") == 1
+        assert f"{flag}: the image was made without one" in capsys.readouterr().err
 
 
 async def test_the_original_is_never_written_over(stub: GenerationServiceAsyncStub, folder: Path) -> None:

@@ -8,24 +8,28 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import Model, original_unet, original_vae
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sdmodels.conversion.convert import Options, convert
 from sdmodels.conversion.diffusers_folder import weights_names
 from sdmodels.conversion.errors import ConversionError
 from sdmodels.conversion.original import unet_configuration, vae_configuration
 from sdmodels.conversion.tensors import LazyTensor
+from sdmodels.depth import DepthEstimator
 from sdmodels.text_encoder import TextEncoder
 from sdmodels.tokenizer import Tokenizer
 from sdmodels.unet import UNet
+from sdmodels.unet_cache import UNetCache
 from sdmodels.vae import VaeDecoder, VaeEncoder
 from sdserver.engine_store import EngineStore
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 TWO = Model("2", "v_prediction")
 ONE = Model("1", "epsilon")
+DEPTH = Model("2", "epsilon", "depth")
 TEXTS = ["", "a valley in the Alps at sunset, epic vista"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -69,10 +74,18 @@ def add(store: EngineStore, source: Path, **options: Any) -> Engine:
 
 
 def compare_unet(engine_folder: Path, model: Model) -> None:
-    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 8, 16), (2, 77, 64)))
+    config = model.unet.config
+    shapes = (2, config.in_channels, 8, 16), (2, 77, 64)
+    latents, states = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     timesteps = np.array([1, 700], np.float32)
+    labels = None if config.num_class_embeds is None else torch.tensor([301, 3])
     with torch.inference_mode():
-        expected = model.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(states)).sample
+        expected = model.unet(
+            torch.tensor(latents), torch.tensor(timesteps), torch.tensor(states), class_labels=labels
+        ).sample
+    if labels is not None:
+        planes = np.broadcast_to(labels.numpy()[:, None, None, None], (2, 1, 8, 16)).astype(np.float32)
+        latents = np.concatenate([latents, planes], axis=1)
     np.testing.assert_allclose(UNet(engine_folder)(latents, timesteps, states), expected.numpy(), atol=1e-5)
 
 
@@ -180,6 +193,91 @@ def test_averaged_weights_are_taken_where_a_file_has_them(store: EngineStore, tm
     }
     add(store, ONE.save_original(tmp_path / "full.safetensors", **trained, **averaged), dtype="fp32")
     compare_unet(store.folder("small"), ONE)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("2", "512-inpainting-ema.safetensors"), ("1", "sd-v1-5-inpainting.ckpt")]
+)
+def test_an_inpainting_file_and_its_folder_give_the_same_bytes_and_compute_what_the_modules_do(
+    tmp_path: Path, family: Literal["1", "2"], name: str
+) -> None:
+    model = Model(family, "epsilon", "inpainting")
+    store, other = EngineStore(tmp_path / "file"), EngineStore(tmp_path / "folder")
+    engine = add(store, model.save_original(tmp_path / name), dtype="fp32")
+    assert (engine.conditioning, engine.unet_channels, engine.native_width) == ("inpainting", 9, 512)
+    compare_unet(store.folder("small"), model)
+    compare_vae(store.folder("small"), model)
+    from_folder = add(other, model.save_diffusers(tmp_path / "folder-of-diffusers"), dtype="fp32")
+    assert from_folder.weights[UNET] == engine.weights[UNET]
+    assert from_folder.conditioning == "inpainting"
+
+
+@pytest.fixture(scope="module")
+def depth_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return DEPTH.save_diffusers(tmp_path_factory.mktemp("depth") / "stable-diffusion-2-depth")
+
+
+def test_a_depth_folder_becomes_an_engine_with_its_estimator(store: EngineStore, depth_folder: Path) -> None:
+    engine = add(store, depth_folder, dtype="fp32")
+    assert (engine.conditioning, engine.unet_channels) == ("depth", 5)
+    assert engine.optional_roles == ("vae_encoder", "depth_estimator")
+    compare_unet(store.folder("small"), DEPTH)
+    pixels = rng.integers(0, 256, (1, 48, 80, 3), dtype=np.uint8)
+    shown = DPTImageProcessorPil(
+        size={"height": 64, "width": 64}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )(Image.fromarray(pixels[0]), return_tensors="pt")
+    with torch.inference_mode():
+        expected = DEPTH.depth_estimator(shown.pixel_values).predicted_depth.numpy()
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(DepthEstimator(store.folder("small"))(pixels), expected, atol=1e-4)
+
+
+def test_a_depth_file_has_the_unet_of_its_folder_and_takes_maps_alone(
+    store: EngineStore, depth_folder: Path, tmp_path: Path
+) -> None:
+    midas = {"depth_model.model.pretrained.model.cls_token": torch.zeros(1, 1, 8)}
+    engine = add(store, DEPTH.save_original(tmp_path / "512-depth-ema.safetensors", **midas), dtype="fp32")
+    assert (engine.conditioning, engine.prediction_type) == ("depth", "epsilon")
+    assert engine.optional_roles == ("vae_encoder",)
+    assert engine.weights[UNET] == add(EngineStore(tmp_path / "other"), depth_folder, dtype="fp32").weights[UNET]
+
+
+def test_a_damaged_estimator_is_named_tensor_by_tensor(store: EngineStore, tmp_path: Path) -> None:
+    source = DEPTH.save_diffusers(tmp_path / "wrong")
+    weights = source / "depth_estimator/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["head.head.0.bias"]
+    save_file(tensors, weights)
+    with pytest.raises(ConversionError) as caught:
+        add(store, source)
+    assert caught.value.problems == ("depth_estimator: head.head.0.bias [8] is missing",)
+
+
+def test_an_upscaler_and_its_folder_give_the_same_bytes_and_compute_what_the_modules_do(tmp_path: Path) -> None:
+    model = Model("2", "v_prediction", "upscaling")
+    store, other = EngineStore(tmp_path / "file"), EngineStore(tmp_path / "folder")
+    engine = add(store, model.save_original(tmp_path / "x4-upscaler-ema.safetensors"), dtype="fp32")
+    compare_unet(store.folder("small"), model)
+    compare_vae(store.folder("small"), model)
+    assert (engine.unet_channels, engine.latents.downsampling, engine.native_width) == (8, 4, 512)
+    rows = rng.standard_normal((2, 8, 8, 16)).astype(np.float32)
+    rows[:, 7] = [[[301]], [[3]]]
+    given = rows, np.array([1, 700], np.float32), rng.standard_normal((2, 77, 64)).astype(np.float32)
+    cached = UNetCache(store.folder("small"))
+    prediction, features = np.split(cached(*given), [4], axis=1)
+    np.testing.assert_allclose(prediction, UNet(store.folder("small"))(*given), atol=1e-5)
+    np.testing.assert_allclose(cached(*given, features), prediction, atol=1e-5)
+    assert (engine.prediction_type, engine.roles) == ("v_prediction", ("text_encoder", "unet", "vae_decoder"))
+    from_folder = add(other, model.save_diffusers(tmp_path / "x4"), dtype="fp32")
+    tensors = {name for name in engine.weights if name.endswith(".safetensors")}
+    assert {name: from_folder.weights[name] for name in tensors} == {name: engine.weights[name] for name in tensors}
+    assert from_folder.upscaling == engine.upscaling
+    assert engine.upscaling
+    assert (engine.upscaling.max_noise_level, engine.upscaling.noise_schedule.beta_end) == (350, 0.02)
+    configs = [json.loads((each.folder("small") / "unet/config.json").read_text()) for each in (store, other)]
+    # That of the folder leaves it to the module.
+    assert [config.pop("upcast_attention") for config in configs] == [True, False]
+    assert configs[0] == configs[1]
 
 
 # What a descriptor says
@@ -386,10 +484,12 @@ def test_a_tensor_of_an_original_file_is_named_as_the_file_names_it(store: Engin
     )
 
 
-def test_an_inpainting_unet_is_refused_by_what_it_wants(store: EngineStore, tmp_path: Path) -> None:
-    nine = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
-    with pytest.raises(ConversionError, match="a mask and a masked image"):
-        add(store, ONE.save_original(tmp_path / "inpainting.safetensors", **nine))
+def test_a_unet_that_wants_what_no_server_of_ours_gives_is_refused_by_what_it_wants(
+    store: EngineStore, tmp_path: Path
+) -> None:
+    eight = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}
+    with pytest.raises(ConversionError, match="an image to edit"):
+        add(store, ONE.save_original(tmp_path / "editing.safetensors", **eight))
 
 
 def test_values_beyond_fp16_are_refused_and_bf16_holds_them(store: EngineStore, tmp_path: Path) -> None:
@@ -481,7 +581,7 @@ def test_a_conversion_that_is_killed_leaves_no_engine_and_goes_on_where_it_was(
     sources: Path, store: EngineStore
 ) -> None:
     options = {"source": str(sources / "two"), "into": str(store.folder("small"))}
-    command = [sys.executable, "-m", "sdmodels.conversion", json.dumps(options)]
+    command = [sys.executable, "-m", "sdmodels.conversion", "convert", json.dumps(options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

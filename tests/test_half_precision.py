@@ -15,8 +15,16 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from sdmodels.cores import has_bf16
 from sdmodels.parameters import is_compiled, row_buckets
-from sdmodels.precision import InRange, UpcastAttention, chosen, unet_precision, vae_precision
+from sdmodels.precision import (
+    InRange,
+    UpcastAttention,
+    chosen,
+    decoder_precision,
+    unet_precision,
+    vae_precision,
+)
 from sdmodels.row_buckets import ROW_BUCKETS, in_buckets
 from sdmodels.runtimes import default_runtime, instance_device, load_unet
 from sdmodels.unet import UNet
@@ -64,6 +72,18 @@ def rows(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[
 def test_a_device_computes_in_what_it_has_units_for(capability: tuple[int, int] | None, unet: str, vae: str) -> None:
     assert unet_precision(capability) == unet
     assert vae_precision(capability) == vae
+
+
+def test_a_decoder_computes_in_bf16_on_cpus_that_have_it() -> None:
+    assert decoder_precision(None) == ("bf16" if has_bf16() else "fp32")
+    assert decoder_precision((8, 0)) == "fp16"
+
+
+def test_a_picture_decoded_in_bf16_is_the_same_to_the_eye() -> None:
+    latents = np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32)
+    difference = VaeDecoder(ENGINE, precision="bf16")(latents).astype(float) - VaeDecoder(ENGINE)(latents)
+    # 45 dB
+    assert np.square(difference).mean() < 255**2 / 10**4.5
 
 
 def test_a_precision_is_named_or_refused_with_the_choice_there_is() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shlex
 import tarfile
@@ -28,14 +27,6 @@ def at(path: str, value: Any) -> Object:
         value = {key: value}
     assert isinstance(value, dict)
     return value
-
-
-def merged(first: Object, second: Object) -> Object:
-    result = copy.deepcopy(first)
-    for key, value in second.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
-    return result
 
 
 def resolved(part: Object) -> Object:
@@ -160,6 +151,7 @@ def test_every_value_says_what_it_means_in_one_place_that_the_readme_shows() -> 
         ("networkPolicy.prometheus", [], "/networkPolicy/prometheus"),
         ("networkPolicy.clients", [{}], "/networkPolicy/clients/0"),
         ("traces.ratio", 1.5, "/traces/ratio"),
+        ("signing.timestampAuthority", "http://x:y", "/signing/timestampAuthority"),
         ("traces.endpoint", "collector:4317", "/traces/endpoint"),
         ("helmTest.prompt", "--help", "/helmTest/prompt"),
     ],
@@ -211,7 +203,7 @@ def test_the_schema_refuses_what_is_wrong_and_names_it(path: str, value: Any, wo
 def test_values_that_do_not_go_together_are_refused_with_what_to_change(values: Object, words: str) -> None:
     together: Object = {}
     for path, value in values.items():
-        together = merged(together, at(path, value))
+        together = charts.merged(together, at(path, value))
     with pytest.raises(ChartRefused) as caught:
         charts.render(together)
     assert words in str(caught.value)
@@ -301,7 +293,7 @@ def test_the_readmes_commands_are_of_files_and_values_that_there_are() -> None:
         given = dict(zip(options[::2], options[1::2], strict=False))
         values = yaml.safe_load((CHART.parent / given["--values"]).read_text()) if "--values" in given else {}
         if "--set" in given:
-            values = merged(values, helm_engine.parse_set(given["--set"]))
+            values = charts.merged(values, helm_engine.parse_set(given["--set"]))
         assert breaches(charts.render(values, name=release, namespace=given["--namespace"])) == []
     for command in commands:
         if command.startswith("docker build"):

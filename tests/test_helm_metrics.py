@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import socket
 import subprocess
+from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import charts
@@ -16,11 +22,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from sdapi.v1.generation_pb2 import GenerateRequest, Prompt
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
+from sdclient import AsyncClient, NotFoundError
 from sdserver import errors
 from sdserver.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from fakes import FakeBackend
@@ -28,10 +35,13 @@ if TYPE_CHECKING:
     from sdserver.triton_process import TritonProcess
 
 RUNBOOK = charts.CHART.parent / "docs/runbook.md"
+# As the ServiceMonitors name server and Triton.
+JOB = "sd-sd-service"
 # There are none of these without a GPU.
 GPU = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes"}
 # Made by Prometheus itself, or labels that it gives to every target.
 PROMETHEUS_LABELS = {"namespace", "job", "instance", "le", "gpu_uuid"}
+SUFFIXES = r"_(total|bucket|sum|count)$"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool: apt-get install prometheus")
 
 
@@ -99,6 +109,8 @@ def test_every_metric_of_the_server_is_in_a_real_scrape_with_its_labels(scraped:
     asked = {name for expression in expressions() for name, _ in selectors(expression) if name.startswith("sdserver")}
     assert len(asked) > 15
     assert asked <= scraped.keys()
+    families = {name for name in scraped if name.startswith("sdserver") and not re.search(SUFFIXES, name)}
+    assert families == {re.sub(SUFFIXES, "", name) for name in asked}, "shown is all that is counted"
     for expression in expressions():
         for name, labels in selectors(expression):
             if name.startswith("sdserver"):
@@ -114,6 +126,73 @@ def test_every_metric_of_triton_is_in_a_real_scrape(triton: TritonProcess) -> No
     asked = {name for expression in expressions() for name, _ in selectors(expression) if name.startswith("nv_")}
     assert len(asked) > 5
     assert asked - GPU <= found.keys()
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus: apt-get install prometheus")
+async def test_a_real_prometheus_has_an_answer_for_every_panel_and_every_scaler(
+    triton_settings: ServeSettings, triton: TritonProcess, tmp_path: Path
+) -> None:
+    panels = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    scalers = [
+        trigger["metadata"]["query"]
+        for each in charts.of_kind(charts.render(charts.values_of("keda")), "ScaledObject")
+        for trigger in each["spec"]["triggers"]
+    ]
+    settings = triton_settings.model_copy(update={"metrics_port": 0})
+    async with Server(settings) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with prometheus(tmp_path, [server.metrics_port, triton.metrics_port]) as ask:
+            await client.generate("a lake", steps=2)
+            with pytest.raises(NotFoundError):
+                await client.generate("a lake", engine="none")
+            unanswered = panels + scalers
+            for _ in range(40):
+                # So that counters grow between two scrapes.
+                await client.generate("a lake", steps=2, seed=1)
+                unanswered = [each for each in unanswered if not await ask(each)]
+                if all(GPU & set(re.findall(r"\w+", each)) for each in unanswered):
+                    break
+        assert not [each for each in unanswered if not GPU & set(re.findall(r"\w+", each))]
+
+
+@asynccontextmanager
+async def prometheus(folder: Path, ports: list[int | None]) -> AsyncIterator[Callable[[str], Awaitable[list[Any]]]]:
+    """Scrapes ports as the ServiceMonitors have it, and answers expressions."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    targets = [{"targets": [f"127.0.0.1:{port}" for port in ports], "labels": {"namespace": charts.NAMESPACE}}]
+    config = {
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+        "scrape_configs": [{"job_name": JOB, "static_configs": targets}],
+    }
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    options = [f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
+    process = await asyncio.create_subprocess_exec(
+        *("prometheus", *options, f"--web.listen-address={address}", "--log.level=error")
+    )
+
+    async def ask(expression: str) -> list[Any]:
+        for name, value in {"$__rate_interval": "1m", "$namespace": charts.NAMESPACE, "$job": JOB}.items():
+            expression = expression.replace(name, value)
+        url = f"http://{address}/api/v1/query?{urlencode({'query': expression})}"
+        try:
+            with await asyncio.to_thread(urlopen, url, timeout=10) as answer:
+                found: list[Any] = json.load(answer)["data"]["result"]
+        except HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            # It is starting.
+            return []
+        except URLError:
+            assert process.returncode is None
+            return []
+        return [each for each in found if each["value"][1] != "NaN"]
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 30)
 
 
 def test_every_expression_is_about_one_release_only() -> None:
@@ -196,7 +275,7 @@ def test_prometheus_reads_every_expression_of_the_dashboard(tmp_path: Path) -> N
 
 
 # Alert -> series that fire it, and the same a little less, which do not. Values are those of each minute.
-RELEASE = 'namespace="images",job="sd-sd-service"'
+RELEASE = f'namespace="{charts.NAMESPACE}",job="{JOB}"'
 FIRING: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "SDServiceDown": ({"up{R}": "0x30"}, {"up{R,pod='a'}": "0x30", "up{R,pod='b'}": "1x30"}),
     "SDServiceEngineNotReady": (

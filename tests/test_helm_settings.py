@@ -12,6 +12,7 @@ import grpc
 import pytest
 from charts import VALUES, Object
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sdclient.__main__ import _parser as client_parser
 from sdserver import engine_command, triton_process
 from sdserver.engine_families import KNOWN
@@ -134,6 +135,17 @@ async def test_probes_ask_what_a_real_server_answers_on_its_health_port(
         for probe in (live, ready):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=probe.get("service", "")))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_route_has_every_service_of_a_real_server(server: Server) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub_class: Any = reflection_pb2_grpc.ServerReflectionStub
+        reflection = stub_class(channel)
+        question = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        [answer] = [answer async for answer in reflection.ServerReflectionInfo(question)]
+    [route] = charts.of_kind(charts.render(charts.values_of("grpcroute")), "GRPCRoute")
+    routed = [match["method"]["service"] for match in route["spec"]["rules"][0]["matches"]]
+    assert sorted(routed) == sorted(service.name for service in answer.list_services_response.service)
 
 
 def test_a_sidecars_triton_is_there_for_its_server_alone_and_its_metrics_for_prometheus(

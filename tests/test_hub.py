@@ -105,7 +105,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 def add(hub: FakeHub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`sdserver engine add` against the fake hub; its cache is the test's own."""
+    """`sdserver engine add` against the fake hub, with a cache of the test's own, and without OpenVINO."""
     return subprocess.run(
         [
             sys.executable,
@@ -115,6 +115,8 @@ def add(hub: FakeHub, tmp_path: Path, *arguments: str) -> subprocess.CompletedPr
             "add",
             "--model-repository",
             str(tmp_path / "repository"),
+            "--runtime",
+            "torch",
             *arguments,
         ],
         env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"},
@@ -146,6 +148,21 @@ def test_of_a_repository_only_what_an_engine_needs_is_fetched(hub: FakeHub, tmp_
     source = load_engine(tmp_path / "repository/engines/small").source
     assert source
     assert (source.name, source.revision) == ("small/model", COMMIT)
+    # What it is at, and no bars of the hub's own.
+    assert result.stderr.startswith("fetching\nreading\nwriting\nwritten unet/")
+    assert "fitting the preview map" in result.stderr
+
+
+def test_the_image_tower_of_a_checkpoints_clip_is_fetched_by_its_name(hub: FakeHub, tmp_path: Path) -> None:
+    model = Model("2", "v_prediction")
+    hub.repositories |= {"small/two": model.save_diffusers(tmp_path / "two"), "laion/clip": tmp_path / "clip"}
+    (tmp_path / "clip").mkdir()
+    model.save_clip(tmp_path / "clip")
+    (tmp_path / "clip/open_clip_pytorch_model.bin").write_bytes(b"another form of the same, large")
+    result = add(hub, tmp_path, "small/two", "--name", "two", "--clip", "laion/clip")
+    assert result.returncode == 0, result.stderr
+    assert "clip_guidance" in load_engine(tmp_path / "repository/engines/two").roles
+    assert [name for name in hub.fetched if "clip" in name] == ["open_clip_config.json", "open_clip_model.safetensors"]
 
 
 def test_a_mirror_that_hands_out_something_else_is_refused_by_the_pinned_digest(hub: FakeHub, tmp_path: Path) -> None:

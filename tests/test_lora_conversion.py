@@ -206,7 +206,7 @@ def test_an_adapter_of_peft_without_its_configuration_is_refused(repository: Pat
     ],
 )
 def test_what_the_file_says_of_itself_is_kept(
-    repository: Path, tmp_path: Path, header: dict[str, str], said: dict[str, Any]
+    repository: Path, tmp_path: Path, header: dict[str, Any], said: dict[str, Any]
 ) -> None:
     path = Lora(MODELS["2.x"], 1).save(tmp_path / "x.safetensors", header=header)
     facts = added(engine_of(repository, "2.x"), path)

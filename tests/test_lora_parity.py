@@ -104,7 +104,7 @@ def an_engine(model: Model, repository: Path) -> EngineStore:
     source = model.save_original(repository / "v2-1_768-small.safetensors")
     facts = convert(Options(str(source), str(store.folder("small")), dtype="fp32"), lambda _: None)
     # OpenVINO would convert the UNet first.
-    store.complete("small", "", "", facts, Placement(runtime="torch", threads=1))
+    store.complete("small", "", "", facts, Placement(precision="fp32", runtime="torch", threads=1))
     return store
 
 

@@ -329,6 +329,15 @@ def test_latents_of_images_are_the_mean_that_diffusers_gives(encode_image: VaeEn
     np.testing.assert_allclose(latents, expected.numpy(), atol=2e-5)
 
 
+def test_of_transparent_pixels_an_encoder_sees_no_colour(encode_image: VaeEncoder) -> None:
+    pixels = rng.integers(0, 256, (1, 64, 96, 4), dtype=np.uint8)
+    pixels[..., 3] = rng.choice([0, 1, 255], (1, 64, 96))
+    image = torch.tensor(pixels[..., :3]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        expected = encode_image.latents(image * torch.tensor(pixels[..., 3] != 0))
+    np.testing.assert_allclose(encode_image(pixels), expected.numpy(), atol=1e-5)
+
+
 def test_latents_do_not_depend_on_their_company_and_are_the_same_again(encode_image: VaeEncoder) -> None:
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     together = encode_image(pixels)
@@ -345,7 +354,7 @@ def test_what_is_decoded_and_encoded_is_nearly_what_it_was(decode: VaeDecoder, e
     assert np.abs(again.astype(int) - meadow).mean() < 6
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 60, 3), (1, 63, 64, 3), (1, 64, 64, 4), (1, 0, 64, 3)])
+@pytest.mark.parametrize("shape", [(1, 64, 60, 3), (1, 63, 64, 3), (1, 64, 64, 2), (1, 0, 64, 3)])
 def test_images_that_are_no_whole_latents_are_refused(encode_image: VaeEncoder, shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput, match="multiples of 8"):
         encode_image(np.zeros(shape, np.uint8))

@@ -16,7 +16,7 @@ SOURCES = {
 }
 # The server's modules: each may import only what stands above it.
 LAYERS = [
-    {"canvas", "pictures", "capacity"},
+    {"canvas", "pictures", "depth", "capacity"},
     {
         "samplers.query",
         "schedules",
@@ -43,6 +43,7 @@ LAYERS = [
     {"text_cache", "outbox", "denoiser", "decoding", "engine_schedulers", "backends.triton", "backends.in_process"},
     {"backends.observed", "metrics", "capacity.gpu"},
     {"image_writer", "safety", "encoding", "engine_pool", "capacity.server"},
+    {"conditioning"},
     {"generation", "engine_watch", "capacity.simulation"},
     {"pipeline", "wire.names", "capacity.planning"},
     {"wire.reading_images", "wire.reading_windows", "wire.reading_loras", "wire.reading_clip_guidance", "wire.writing"},
@@ -114,7 +115,7 @@ def test_generated_code_has_one_door_on_each_side() -> None:
 def test_the_arithmetic_imports_nothing_but_numpy_and_the_standard_library() -> None:
     allowed = sys.stdlib_module_names | {"numpy"}
     samplers = {name for name in modules("sdserver") if name.split(".")[0] == "samplers"}
-    for name in samplers | {"schedules", "parameterization", "noise", "windows"}:
+    for name in samplers | {"schedules", "parameterization", "noise", "windows", "depth"}:
         used = {module for module in imports(modules("sdserver")[name]) if not module.startswith("sdserver.samplers.")}
         assert {module.split(".")[0] for module in used} <= allowed, name
 

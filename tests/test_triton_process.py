@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
+from sdmodels.cores import physical_cores
+from sdmodels.precision import decoder_precision
+from sdmodels.runtimes import load_unet
 from sdmodels.text_encoder import TextEncoder
-from sdmodels.unet import UNet
 from sdmodels.vae import VaeDecoder
 from sdserver.triton_process import Host, TritonProcess, TritonProcessError, why_not
 from tritonclient.grpc import InferInput
@@ -206,14 +208,14 @@ async def test_the_unet_answers_as_without_triton(client: InferenceServerClient)
     prediction = await infer(
         client, f"{ENGINE}.unet", "prediction", latents=latents, timestep=timestep, text_states=text_states
     )
-    expected = UNet(ENGINE_FOLDER)(latents, timestep[:, 0], text_states)
+    expected = load_unet(ENGINE_FOLDER, physical_cores())(latents, timestep[:, 0], text_states)
     np.testing.assert_allclose(prediction, expected, atol=1e-5)
 
 
 async def test_the_vae_decoder_answers_as_without_triton(client: InferenceServerClient) -> None:
     latents = np.random.default_rng(4).standard_normal((2, 4, 16, 24)).astype(np.float32)
     image = await infer(client, f"{ENGINE}.vae_decoder", "image", latents=latents)
-    expected = VaeDecoder(ENGINE_FOLDER)(latents)
+    expected = VaeDecoder(ENGINE_FOLDER, precision=decoder_precision(None))(latents)
     assert image.shape == (2, 128, 192, 3)
     assert np.abs(image.astype(int) - expected).max() <= 1
 

@@ -63,7 +63,7 @@ def test_features_of_another_step_are_a_prediction_of_nearly_the_same(unet_cache
 def test_both_runtimes_agree() -> None:
     batch = rows(2, 16, 16, 77, 128)
     expected = UNetCache(SHIPPED)(*batch)
-    cache = OpenVinoUNetCache(SHIPPED, 1)
+    cache = OpenVinoUNetCache(SHIPPED, 1, "fp32")
     made = cache(*batch)
     assert np.abs(made - expected).max() < 1e-5 * np.abs(expected).max()
     features = np.ascontiguousarray(expected[::-1, CHANNELS:])

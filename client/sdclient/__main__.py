@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     option("-o", "--output", dest="made", type=_file, metavar="FILE", help="default: FILE-again, in the same format")
     option("--init", type=Path, metavar="FILE", help="the initial image that it was made from")
     option("--mask", type=Path, metavar="FILE", help="the mask that it was made with")
+    option("--depth-map", type=Path, metavar="FILE", help="the depth map that it was made with")
     option("--force", action="store_true", help="go on with another version of the engine, or with other pixels")
     option("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
     return parser
@@ -169,7 +170,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompts = [*arguments.prompts, *(Prompt(text, -1.0) for text in arguments.negative)]
     # A flag with the name of an option may say only a part of it, as --mask does.
     chosen = {name: value for name, value in vars(arguments).items() if name in GenerateOptions.__annotations__}
-    for name in ("mask", "outpaint", "two_pass", "block_cache"):
+    for name in ("mask", "outpaint", "depth_map", "two_pass", "block_cache"):
         del chosen[name]
     options = cast("GenerateOptions", {**chosen, **image_options(arguments)})
     options["clip_guidance"] = clip_guidance(arguments)
@@ -274,6 +275,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
             arguments.made,
             init=arguments.init,
             mask=arguments.mask,
+            depth_map=arguments.depth_map,
             force=arguments.force,
             timeout=arguments.timeout,
         )
@@ -334,6 +336,9 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "formats": ", ".join(engine.media_types),
             "safety check": engine.safety_mode or "unknown",
             "CLIP guidance": _clip_presets(engine),
+            "conditioning": (engine.conditioning or "unknown")
+            + (", estimated from initial images" if engine.estimates_depth else "")
+            + (f", {engine.upscaling.factor} times in each direction" if engine.upscaling else ""),
             "block caching": "yes" if engine.block_cache else "none",
             "LoRAs": "; ".join(map(_lora_line, engine.loras)) or "none",
             "licence": "; ".join(filter(None, (engine.license.name, engine.license.url))),

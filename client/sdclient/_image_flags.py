@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from ._types import Fit, GenerateOptions, InitImage, Mask, Outpaint, TwoPass, Variation
+from ._types import DepthMap, Fit, GenerateOptions, InitImage, Mask, Outpaint, TwoPass, Upscale, Variation
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     option("--feather", type=float, metavar="PIXELS", help="soft border between kept and repainted")
     sides = "LEFT,RIGHT,TOP,BOTTOM"
     option("--outpaint", type=_margins, metavar=sides, help="new margins around the image, in pixels")
+    option("--depth-map", type=Path, metavar="FILE", help="how far away everything is: bright is near, dark is far")
+    option("--noise-level", type=int, metavar="N", help="with an upscaler: noise that hides the image's faults")
     option = parser.add_argument_group("variations and large images").add_argument
     option("--variation-strength", type=float, metavar="SHARE", help="varies the image of --seed, 0 (not at all) to 1")
     option("--variation-seed", type=int, metavar="SEED", help="makes it resemble the image of this seed")
@@ -44,6 +46,10 @@ def image_options(arguments: argparse.Namespace) -> GenerateOptions:
         options["outpaint"] = arguments.outpaint
     if arguments.mask is not None:
         options["mask"] = Mask.open(arguments.mask, feather=arguments.feather)
+    if arguments.depth_map is not None:
+        options["depth_map"] = DepthMap.open(arguments.depth_map)
+    if arguments.noise_level is not None:
+        options["upscale"] = Upscale(arguments.noise_level)
     if arguments.variation_strength is not None:
         options["variation"] = Variation(arguments.variation_strength, arguments.variation_seed)
     if arguments.two_pass or arguments.two_pass_size is not None or arguments.two_pass_strength is not None:

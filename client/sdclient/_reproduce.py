@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from ._metadata import Metadata
     from ._sync import Client
-    from ._types import Engine, GenerateOptions, InitImage, Lora, Mask
+    from ._types import DepthMap, Engine, GenerateOptions, InitImage, Lora, Mask
 
-    P = TypeVar("P", InitImage, Mask)
+    P = TypeVar("P", InitImage, Mask, DepthMap)
 
 
 class Reproduction(TypedDict):
@@ -41,13 +41,14 @@ def reproduce(
     *,
     init: Path | None,
     mask: Path | None,
+    depth_map: Path | None,
     force: bool,
     timeout: float,
 ) -> Reproduction:
     """Makes the image of a file again, writes it, and compares.
 
     Raises MetadataError where the engine is another or the pixels are, unless `force`; InvalidRequestError where the
-    initial image or mask is missing, or is another.
+    initial image, mask or depth map is missing, or is another.
     """
     metadata = read_metadata(original)
     made_as = (metadata.options.get("output") or Output()).media_type or "image/png"
@@ -58,7 +59,7 @@ def reproduce(
     if made.exists() and made.samefile(original):
         raise MetadataError(f"{made} is the image itself: choose another --output")
     media_type = MEDIA_TYPES[made.suffix.lower()]
-    options = options_again(metadata, media_type, init, mask)
+    options = options_again(metadata, media_type, init=init, mask=mask, depth_map=depth_map)
     options["timeout"] = timeout
     if problem := problem_with(metadata, client.engines()):
         if not force:
@@ -82,19 +83,27 @@ def reproduce(
     return {"path": path, "seed": image.seed, "same_pixels": same, "verdict": verdict}
 
 
-def options_again(metadata: Metadata, media_type: str, init: Path | None, mask: Path | None) -> GenerateOptions:
+def options_again(
+    metadata: Metadata, media_type: str, *, init: Path | None, mask: Path | None, depth_map: Path | None
+) -> GenerateOptions:
     """The options that make the image again, as a file of a media type, from files whose SHA-256 the metadata names.
 
     Raises InvalidRequestError where a file is missing, or is another.
     """
     options = metadata.options.copy()
     violations: dict[str, str] = {}
-    init_image, mask_image = options.get("init_image"), options.get("mask")
+    init_image, mask_image, depths = options.get("init_image"), options.get("mask"), options.get("depth_map")
     if init_image is not None:
         options["init_image"] = _with_data(init_image, init, "--init", violations)
     if mask_image is not None:
         options["mask"] = _with_data(mask_image, mask, "--mask", violations)
-    for flag, needed, given in (("--init", init_image, init), ("--mask", mask_image, mask)):
+    if depths is not None:
+        options["depth_map"] = _with_data(depths, depth_map, "--depth-map", violations)
+    for flag, needed, given in (
+        ("--init", init_image, init),
+        ("--mask", mask_image, mask),
+        ("--depth-map", depths, depth_map),
+    ):
         if needed is None and given is not None:
             violations[flag] = "the image was made without one; leave it out"
     if violations:
@@ -145,7 +154,7 @@ def _loras(options: GenerateOptions) -> tuple[Lora, ...]:
 
 
 def _with_data(picture: P, path: Path | None, flag: str, violations: dict[str, str]) -> P:
-    """The initial image or mask with the data of a file; what is wrong is put into the violations."""
+    """The initial image, mask or depth map with the data of a file; what is wrong is put into the violations."""
     if path is None:
         violations[flag] = f"give the file with SHA-256 {picture.sha256}"
         return picture

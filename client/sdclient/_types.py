@@ -183,6 +183,40 @@ class Mask:
         return cls(_encoded(picture), feather)
 
 
+@dataclass(frozen=True, slots=True)
+class Upscale:
+    """How an upscaler enlarges the initial image."""
+
+    noise_level: int | None = None
+    """Noise that the image gets before, 0 (none) to `Engine.upscaling.max_noise_level`; None: 20."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthMap:
+    """How far away everything in the result is: bright is near, dark is far; only differences count.
+
+    DepthMap.open("depth.png")    # a file
+    DepthMap.of(drawing)          # a Pillow image
+    """
+
+    data: bytes = field(repr=False)
+    """An encoded PNG, JPEG or WebP, read as grey, of 16 bits where it has them."""
+    fit: Fit | None = None
+    """How it becomes as wide and high as the result; what `contain` leaves open is far."""
+    sha256: str | None = None
+    """SHA-256 of `data` in lower-case hex. Resolved options have it, and no `data`."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, fit: Fit | None = None) -> DepthMap:
+        """The map in a file."""
+        return cls(Path(path).read_bytes(), fit)
+
+    @classmethod
+    def of(cls, picture: Image | PILImage, *, fit: Fit | None = None) -> DepthMap:
+        """A generated image as it is, or a Pillow image as PNG."""
+        return cls(_encoded(picture), fit)
+
+
 def _encoded(picture: Image | PILImage) -> bytes:
     from io import BytesIO
 
@@ -335,6 +369,11 @@ class GenerateOptions(TypedDict, total=False):
     """Repaints only a part of `init_image`."""
     outpaint: Outpaint | None
     """Extends `init_image` beyond its borders."""
+    upscale: Upscale | None
+    """How `init_image` is enlarged; only where `Engine.upscaling`."""
+    depth_map: DepthMap | None
+    """How far away everything is; only where `Engine.conditioning` is `depth`, and required there unless
+    `Engine.estimates_depth` and there is an `init_image`."""
     variation: Variation | None
     """Makes variations of the image of `seed`, which all images then have."""
     two_pass: TwoPass | None
@@ -437,6 +476,21 @@ SafetyMode = Literal["off", "flag", "blur", "block"]
 is, sent blurred beyond recognition, or not sent. Previews are unchecked: `blur` blurs them, `block` leaves them out."""
 
 
+Conditioning = Literal["none", "inpainting", "depth", "upscaling"]
+"""What an engine's UNet takes beside noise and prompts: nothing, what is kept of `init_image` and where, `depth_map`,
+or `init_image` as the image to enlarge."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpscalingSupport:
+    """How an engine enlarges images."""
+
+    factor: int
+    """Pixels of the result, in each direction, for one of the initial image."""
+    max_noise_level: int
+    """Greatest `Upscale.noise_level`."""
+
+
 @dataclass(frozen=True, slots=True)
 class WindowDefaults:
     """How an engine denoises images larger than it was trained for."""
@@ -508,5 +562,11 @@ class Engine:
     """What the server's safety check does. None: it does not say."""
     block_cache: bool = False
     """Whether it takes `block_cache`."""
+    upscaling: UpscalingSupport | None = None
+    """How it enlarges images. None: it does not."""
+    estimates_depth: bool = False
+    """Whether it estimates the depth of `init_image` where a request has no `depth_map`."""
+    conditioning: Conditioning | None = None
+    """What its UNet takes beside noise and prompts. None: the server does not say, or this version does not know it."""
     loras: tuple[LoraInfo, ...] = ()
     """What `loras` may name. They come and go while the server runs, and leave `digest` as it is."""

@@ -35,6 +35,8 @@ from ._types import (
     ClipGuidance,
     ClipGuidancePreset,
     ClipGuidanceSupport,
+    Conditioning,
+    DepthMap,
     Emphasis,
     Engine,
     EngineDefaults,
@@ -56,6 +58,8 @@ from ._types import (
     Schedule,
     Tls,
     TwoPass,
+    Upscale,
+    UpscalingSupport,
     Variation,
     WindowDefaults,
     Windows,
@@ -107,6 +111,7 @@ CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
 # Enum -> the names that the SDK knows. A label on the wire is the enum's name and one of these: SAMPLER_DDIM.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "Blending": get_args(Blending),
+    "Conditioning": get_args(Conditioning),
     "Fit": get_args(Fit),
     "SafetyMode": get_args(SafetyMode),
     "SafetyOutcome": get_args(SafetyOutcome),
@@ -119,7 +124,8 @@ _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         *(Prompt, Emphasis, GuidanceInterval, ClipGuidance, InitImage, Mask, Output, PreviewOptions),
-        *(Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults, Lora, LoraInfo),
+        *(Upscale, UpscalingSupport, DepthMap, Outpaint, Variation, TwoPass, BlockCache, Windows, WindowDefaults),
+        *(Lora, LoraInfo),
         *(PromptUsage, Progress, Preview, Image, Safety, SafetyScore, Finished, Usage, Timings),
         *(ClipGuidanceSupport, ClipGuidancePreset),
         *(Engine, EngineLimits, EngineDefaults, License),

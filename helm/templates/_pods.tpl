@@ -28,6 +28,15 @@ imagePullSecrets:
 securityContext: {{- include "sd-service.podSecurityContext" . | nindent 2 }}
 {{- end -}}
 
+{{/* A rollout has failed after so many seconds: nodes pull images, a job makes the engines, Triton loads them. */}}
+{{- define "sd-service.progressDeadline" -}}
+{{- $seconds := add 600 .Values.triton.startSeconds -}}
+{{- if .Values.engines.add -}}
+{{- $seconds = add $seconds .Values.engines.job.activeDeadlineSeconds -}}
+{{- end -}}
+{{- $seconds -}}
+{{- end -}}
+
 {{/* Where pods may run. Arguments: root, component, values, device. */}}
 {{- define "sd-service.placement" -}}
 {{- if and (eq .device "gpu") .root.Values.triton.gpu.runtimeClassName }}

@@ -1,4 +1,4 @@
-"""How many threads a model may well use on this machine."""
+"""How many threads a model may well use on this machine, and what its cores compute in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 SYSTEM = Path("/sys")
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def physical_cores(system: Path = SYSTEM) -> int:
@@ -15,6 +17,11 @@ def physical_cores(system: Path = SYSTEM) -> int:
     # A machine that does not tell its topology is taken for one without hyper-threads.
     cores = len({path.read_text() for path in siblings if path.exists()}) or len(allowed)
     return max(1, min(cores, _limit(system) or cores))
+
+
+def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the cores have instructions for bf16, which then takes about 0.6 of float32's time; others emulate it."""
+    return cpuinfo.exists() and not BF16_FLAGS.isdisjoint(cpuinfo.read_text(errors="replace").split())
 
 
 def _limit(system: Path) -> int | None:

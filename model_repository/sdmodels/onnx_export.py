@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from sdmodels.class_labels import apart, row_channels
 from sdmodels.precision import DTYPES, Precision
 from sdmodels.unet import UNet
 from sdmodels.vae import VaeDecoder
@@ -32,7 +33,7 @@ OPSET = 22
 
 
 class _UNet(torch.nn.Module):
-    """`latents` [B, 4, h, w], `timestep` [B, 1] and `text_states` [B, T, D] to `prediction`, all float32."""
+    """`latents` [B, U, h, w], `timestep` [B, 1] and `text_states` [B, T, D] to `prediction`, all float32."""
 
     def __init__(self, engine_folder: Path, precision: Precision) -> None:
         super().__init__()
@@ -40,8 +41,10 @@ class _UNet(torch.nn.Module):
         self._dtype = DTYPES[precision]
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
-        latents, text_states = latents.to(self._dtype), text_states.to(self._dtype)
-        prediction: torch.Tensor = self.network(latents, timestep[:, 0], text_states, return_dict=False)[0]
+        rows, labels = apart(latents, self.network.config)
+        labelled = {} if labels is None else {"class_labels": labels.long()}
+        inputs = rows.to(self._dtype), timestep[:, 0], text_states.to(self._dtype)
+        prediction: torch.Tensor = self.network(*inputs, return_dict=False, **labelled)[0]
         return prediction.float()
 
 
@@ -68,7 +71,7 @@ def export(engine_folder: Path, role: str, target: Path, precision: Precision) -
     config = read_config(engine_folder / "unet/config.json")
     latents = torch.zeros(ROWS, config["out_channels"], HEIGHT, WIDTH)
     if role == "unet":
-        latents = torch.zeros(ROWS, config["in_channels"], HEIGHT, WIDTH)
+        latents = torch.zeros(ROWS, row_channels(config), HEIGHT, WIDTH)
         states = torch.zeros(ROWS, TOKENS, config["cross_attention_dim"])
         module: torch.nn.Module = _UNet(engine_folder, precision)
         inputs: dict[str, tuple[torch.Tensor, dict[int, Any]]] = {

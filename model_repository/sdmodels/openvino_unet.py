@@ -2,10 +2,12 @@
 not depend on the rows beside it, bit for bit.
 
 The network is converted once, by torch, and kept below the engine's folder; from then on torch is not even imported.
+`sdserver engine add` does it (`prepare`), or else the first start.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -14,11 +16,13 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdmodels.batching import check_rows
+from sdmodels.class_labels import apart
+from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
 
 # OpenVINO tells its makers that it was imported, where it finds this package.
@@ -26,37 +30,41 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
 
 # Part of a conversion's name, so that it is made again when this code makes another.
-CONVERSION = 2
+CONVERSION = 3
 FOLDER = "openvino"
 # The network with its prediction and features, and its outermost blocks: see `sdmodels.unet_cache`.
-WHOLE = "unet.xml"
-OUTERMOST = "outermost.xml"
+WHOLE = "unet"
+OUTERMOST = "outermost"
 
 # Ours -> OpenVINO's.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoUNet:
-    """As `sdmodels.unet.UNet`, for CPUs: float32, or bfloat16 where `precision` is "bf16" and the CPU computes in it.
+    """As `sdmodels.unet.UNet`, for CPUs: in float32 ("fp32") or bfloat16 ("bf16"), by default the faster that it has.
 
-    `threads` CPU threads answer a call. The first start on a machine converts the network, which takes 10 s for a tiny
-    one and minutes for that of SD 2.1; where the engine's folder cannot be written, every start does.
+    `threads` CPU threads answer a call. Where nobody has done it, the first start on a machine converts the network,
+    which takes 10 s for a tiny one and minutes for that of SD 2.1; where the engine's folder cannot be written, every
+    start does.
     """
 
-    def __init__(self, engine_folder: Path, threads: int, precision: str = "fp32") -> None:
+    def __init__(self, engine_folder: Path, threads: int, precision: str = "") -> None:
         with tempfile.TemporaryDirectory() as elsewhere:
-            converted = _converted(engine_folder, Path(elsewhere))
+            converted = _converted(engine_folder, WHOLE, Path(elsewhere))
             # Reads the weights' file, which may then go.
-            self._request = _compiled(converted / WHOLE, threads, precision, features=False)
-        self._sinusoid = _Sinusoid(engine_folder)
+            self._request = _compiled(converted, threads, precision, features=False)
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, T, D].
+        """[B, 4, h, w] prediction for latents [B, U, h, w], timesteps [B] and text states [B, T, D].
 
         As `sdmodels.unet.UNet.__call__`. Raises `InvalidInput` where the numbers of rows disagree.
         """
@@ -65,7 +73,8 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        result = self._request.infer([latents, self._sinusoid(timesteps), text_states])
+        rows, labels = _apart(latents, self._config)
+        result = self._request.infer([rows, self._sinusoid(timesteps), text_states, *labels])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
@@ -74,12 +83,14 @@ class OpenVinoUNet:
 class OpenVinoUNetCache:
     """As `sdmodels.unet_cache.UNetCache`, and otherwise as `OpenVinoUNet`."""
 
-    def __init__(self, engine_folder: Path, threads: int, precision: str = "fp32") -> None:
+    def __init__(self, engine_folder: Path, threads: int, precision: str = "") -> None:
         with tempfile.TemporaryDirectory() as elsewhere:
-            converted = _converted(engine_folder, Path(elsewhere))
-            self._whole = _compiled(converted / WHOLE, threads, precision)
-            self._outermost = _compiled(converted / OUTERMOST, threads, precision)
-        self._sinusoid = _Sinusoid(engine_folder)
+            self._whole, self._outermost = (
+                _compiled(_converted(engine_folder, name, Path(elsewhere)), threads, precision)
+                for name in (WHOLE, OUTERMOST)
+            )
+        self._config = _configuration(engine_folder)
+        self._sinusoid = _Sinusoid(self._config)
 
     def __call__(
         self,
@@ -91,10 +102,11 @@ class OpenVinoUNetCache:
         """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
         check_rows(latents, timesteps, text_states, features)
         sinusoid = self._sinusoid(timesteps)
+        rows, labels = _apart(latents, self._config)
         if features is None:
-            result = self._whole.infer([latents, sinusoid, text_states])
+            result = self._whole.infer([rows, sinusoid, text_states, *labels])
             return np.concatenate([result[0], result[1]], axis=1)
-        result = self._outermost.infer([latents, sinusoid, text_states, features])
+        result = self._outermost.infer([rows, sinusoid, text_states, features, *labels])
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
 
@@ -102,8 +114,7 @@ class OpenVinoUNetCache:
 class _Sinusoid:
     """Timesteps [B] -> [B, C]. Not in the network, because bfloat16 has no digits for timesteps of several hundred."""
 
-    def __init__(self, engine_folder: Path) -> None:
-        config = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    def __init__(self, config: dict[str, Any]) -> None:
         self._frequencies = _frequencies(config)
         self._flip: bool = config.get("flip_sin_to_cos", True)
 
@@ -113,9 +124,21 @@ class _Sinusoid:
         return np.concatenate(halves, axis=1)
 
 
+def _configuration(engine_folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((engine_folder / "unet/config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _apart(latents: NDArray[np.float32], config: dict[str, Any]) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
+    """The UNet's own channels, and the class labels as one more input, if it takes any."""
+    rows, labels = apart(latents, config)
+    return np.ascontiguousarray(rows), [] if labels is None else [labels.astype(np.int64)]
+
+
 def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
     """A converted network, compiled; without `features` it returns its first output alone."""
     core = openvino.Core()
+    precision = precision or ("bf16" if has_bf16() else "fp32")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -141,36 +164,65 @@ def _frequencies(config: dict[str, object]) -> NDArray[np.float32]:
     return frequencies
 
 
-def _converted(engine_folder: Path, elsewhere: Path) -> Path:
-    """The folder with WHOLE and OUTERMOST: that of an earlier start, or a new one, kept if it can be written."""
-    folder = engine_folder / FOLDER / f"unet-{_key(engine_folder)}"
-    if not folder.exists():
-        made = elsewhere / "unet"
-        made.mkdir()
-        _convert(engine_folder, made)
-        try:
-            folder.parent.mkdir(exist_ok=True)
-            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
-        except OSError:
-            return made
-        try:
-            shutil.copytree(made, beside / "unet")
-            # All at once: no other process sees half of it. Another may have been faster.
-            if not folder.exists():
-                (beside / "unet").rename(folder)
-        finally:
-            shutil.rmtree(beside)
-    return folder
+def prepare(
+    engine_folder: Path,
+    weights: Mapping[str, str],
+    *,
+    block_cache: bool,
+    on_conversion: Callable[[str], None] = lambda name: None,
+) -> list[Path]:
+    """Converts what a start of the engine will need, unless it is there; returns the files that were written.
+
+    `weights` are the engine's files and their SHA-256, where its descriptor is still to come; `on_conversion` gets the
+    name of a network before it is converted. Raises OSError.
+    """
+    made: list[Path] = []
+    for name in (WHOLE, OUTERMOST) if block_cache else (WHOLE,):
+        folder = engine_folder / FOLDER / f"{name}-{_key(weights)}"
+        if not folder.exists():
+            on_conversion(name)
+            _make(engine_folder, name, folder)
+            made += sorted(folder.iterdir())
+    return made
 
 
-def _key(engine_folder: Path) -> str:
-    """Changes with the weights, OpenVINO and this code."""
+def _converted(engine_folder: Path, name: str, elsewhere: Path) -> Path:
+    """The file of a network, WHOLE or OUTERMOST: made before, or new, and then kept if the folder can be written."""
     weights = json.loads((engine_folder / "engine.json").read_text(encoding="utf-8"))["weights"]
+    folder = engine_folder / FOLDER / f"{name}-{_key(weights)}"
+    if not folder.exists():
+        try:
+            _make(engine_folder, name, folder)
+        except OSError:
+            folder = _convert(engine_folder, name, elsewhere)
+    return folder / f"{name}.xml"
+
+
+def _make(engine_folder: Path, name: str, folder: Path) -> None:
+    """Converts a network into `folder`, which is there whole or not at all; waits while another process does it."""
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return
+        # What a process that was killed has left goes.
+        unfinished = folder.parent / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        _convert(engine_folder, name, unfinished).rename(folder)
+        unfinished.rmdir()
+
+
+def _key(weights: Mapping[str, str]) -> str:
+    """Changes with the weights, OpenVINO and this code."""
     parts = {name: digest for name, digest in weights.items() if name.startswith("unet/")}
-    return hashlib.sha256(json.dumps([parts, openvino.get_version(), CONVERSION]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([parts, openvino.get_version(), CONVERSION], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
-def _convert(engine_folder: Path, target: Path) -> None:
+def _convert(engine_folder: Path, name: str, elsewhere: Path) -> Path:
+    """The folder, below `elsewhere`, with the network that was made from the engine's weights."""
     import torch
 
     from sdmodels.unet import UNet
@@ -181,17 +233,22 @@ def _convert(engine_folder: Path, target: Path) -> None:
     unet.get_time_embed = lambda sample, timestep: timestep
     config = unet.config
     width, (channels, deeper, *_) = config.cross_attention_dim, config.block_out_channels
-    examples = torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)
+    examples = [torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)]
     shapes = {0: [-1, config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]}
-    features = torch.zeros(2, deeper, 16, 16)
-    for name, network, inputs, dimensions in (
-        (OUTERMOST, FromFeatures(unet), (*examples, features), {**shapes, 3: [-1, deeper, -1, -1]}),
-        (WHOLE, WithFeatures(unet), examples, shapes),
-    ):
-        with warnings.catch_warnings():
-            # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
-            warnings.simplefilter("ignore")
-            model = openvino.convert_model(network, example_input=inputs)
-        model.reshape(dimensions)
-        # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
-        openvino.save_model(model, target / name, compress_to_fp16=False)
+    if name == OUTERMOST:
+        examples.append(torch.zeros(2, deeper, 16, 16))
+        shapes[3] = [-1, deeper, -1, -1]
+    if config.num_class_embeds:
+        shapes[len(examples)] = [-1]
+        examples.append(torch.zeros(2, dtype=torch.long))
+    network = FromFeatures(unet) if name == OUTERMOST else WithFeatures(unet)
+    with warnings.catch_warnings():
+        # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(network, example_input=tuple(examples))
+    model.reshape(shapes)
+    target = elsewhere / name
+    target.mkdir()
+    # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
+    openvino.save_model(model, target / f"{name}.xml", compress_to_fp16=False)
+    return target

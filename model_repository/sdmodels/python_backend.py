@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
     from sdmodels.batching import Arrays
 
+# Triton hands over what waits sooner than this after an answer; who has had the answer asks again later than this.
+AT_ONCE_SECONDS = 0.0003
+
 
 class Cancelled(Exception):
     """The caller left while the request waited."""
@@ -45,6 +49,8 @@ class BackendModel:
     """The parameter that names the folder to load from."""
     parameters: dict[str, str]
     run: Callable[..., Arrays]
+    ended: float = 0.0
+    """When the last call was answered."""
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
         """Reads the model. The function returned takes and gives arrays in the order of `inputs` and `outputs`."""
@@ -72,8 +78,10 @@ class BackendModel:
         """Called by Triton with one or more `pb_utils.InferenceRequest`; one response for each, in their order."""
         import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-        # A request that was cancelled while it waited still arrives here.
-        cancelled = [request.is_cancelled() for request in requests]
+        # A request that was cancelled while it waited still arrives here. To ask takes a tenth of what a call costs
+        # beyond its work, so only those are asked that may have waited.
+        waited = len(requests) > 1 or time.perf_counter() - self.ended < AT_ONCE_SECONDS
+        cancelled = [waited and request.is_cancelled() for request in requests]
         # Optional inputs stand at the end, and are None where they are left out.
         tensors = (
             [pb_utils.get_input_tensor_by_name(request, name) for name in self.inputs]
@@ -82,7 +90,9 @@ class BackendModel:
         )
         inputs = [tuple(tensor.as_numpy() for tensor in given if tensor is not None) for given in tensors]
         answers = iter(run_together(self.run, inputs))
-        return [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
+        responses = [self._response(pb_utils, Cancelled() if gone else next(answers)) for gone in cancelled]
+        self.ended = time.perf_counter()
+        return responses
 
     def finalize(self) -> None:
         """Called by Triton when the model is unloaded."""
@@ -137,7 +147,7 @@ class TextEncoderModel(BackendModel):
 
 
 class UNetModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states")
     outputs = ("prediction",)
@@ -156,7 +166,7 @@ class UNetModel(BackendModel):
 
 
 class UNetCacheModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D] -> `prediction` [B, 4 + F, h, w], whose
     last F channels are features; with those of another step as `features` [B, F, h, w], [B, 4, h, w].
 
     See `sdmodels.unet_cache.UNetCache`. A request has features in all of its rows, or in none.
@@ -210,15 +220,16 @@ class VaeDecoderModel(BackendModel):
     outputs = ("image",)
 
     def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
-        from sdmodels.precision import chosen, vae_precision
+        from sdmodels.precision import chosen, decoder_precision
         from sdmodels.vae import VaeDecoder
 
-        decode = VaeDecoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
+        precision = chosen(self.parameters.get("precision", ""), device, decoder_precision)
+        decode = VaeDecoder(engine_folder, device, precision)
         return lambda latents: (decode(latents),)
 
 
 class VaeEncoderModel(BackendModel):
-    """`image` UINT8 [B, 8h, 8w, 3] -> `latents` FP32 [B, 4, h, w]."""
+    """`image` UINT8 [B, 8h, 8w, 3], or 4 with transparency -> `latents` FP32 [B, 4, h, w]."""
 
     inputs = ("image",)
     outputs = ("latents",)
@@ -229,6 +240,19 @@ class VaeEncoderModel(BackendModel):
 
         encode = VaeEncoder(engine_folder, device, chosen(self.parameters.get("precision", ""), device, vae_precision))
         return lambda image: (encode(image),)
+
+
+class DepthEstimatorModel(BackendModel):
+    """`image` UINT8 [B, H, W, 3] -> `depth` FP32 [B, h, w], at the estimator's own resolution."""
+
+    inputs = ("image",)
+    outputs = ("depth",)
+
+    def load(self, engine_folder: Path, device: str) -> Callable[..., Arrays]:
+        from sdmodels.depth import DepthEstimator
+
+        estimate = DepthEstimator(engine_folder, device)
+        return lambda image: (estimate(image),)
 
 
 class SafetyClassifierModel(BackendModel):
@@ -265,7 +289,7 @@ class ClipGuidanceModel(BackendModel):
 
 
 class UNetGradientModel(BackendModel):
-    """FP32 `latents` [B, 4, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
+    """FP32 `latents` [B, U, h, w], `timestep` [B, 1], `text_states` [B, T, D], `gradient` by the prediction
     [B, 4, h, w] -> `latent_gradient` [B, 4, h, w]."""
 
     inputs = ("latents", "timestep", "text_states", "gradient")

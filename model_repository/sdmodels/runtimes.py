@@ -92,8 +92,8 @@ def load_unet(
     """The denoising network of an engine, called as `sdmodels.unet.UNet` is; `threads` of the CPU answer a call.
 
     `runtime` is one of RUNTIMES, `device` torch's name of one, `precision` fp32, bf16 or fp16: empty for the best there
-    is. "bf16" on a CPU needs OpenVINO and one that computes in it. `row_buckets` and `compiled` are for GPUs, as
-    `UNet` has them. Raises ValueError for what it does not know or cannot do.
+    is. "bf16" on a CPU needs OpenVINO and a CPU that computes in it, where it is the best. `row_buckets` and `compiled`
+    are for GPUs, as `UNet` has them. Raises ValueError for what it does not know or cannot do.
     """
     device = device or default_device()
     if _chosen(runtime, device) == "openvino":
@@ -101,7 +101,7 @@ def load_unet(
             raise ValueError(TORCH_ALONE)
         from sdmodels.openvino_unet import OpenVinoUNet
 
-        return OpenVinoUNet(engine_folder, threads, precision or "fp32")
+        return OpenVinoUNet(engine_folder, threads, precision)
     prepare_torch(device, threads)
 
     from sdmodels.precision import chosen, unet_precision
@@ -129,7 +129,7 @@ def load_unet_cache(
             raise ValueError(TORCH_ALONE)
         from sdmodels.openvino_unet import OpenVinoUNetCache
 
-        return OpenVinoUNetCache(engine_folder, threads, precision or "fp32")
+        return OpenVinoUNetCache(engine_folder, threads, precision)
     prepare_torch(device, threads)
 
     from sdmodels.precision import chosen, unet_precision

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from sdmodels.class_labels import apart, row_channels
 from sdmodels.errors import InvalidInput
 from sdmodels.precision import DTYPES, InRange, UpcastAttention
 from sdmodels.row_buckets import ROW_BUCKETS, in_buckets
@@ -53,6 +54,8 @@ class UNet:
         self._layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
         weights = read_weights(folder / DIFFUSERS_WEIGHTS, dtype=self._dtype, device=device)
         unet.load_state_dict(weights, assign=True)
+        # Each goes as soon as it is laid out anew: there are never two of all.
+        del weights
         self.module = unet.eval().requires_grad_(False).to(device, memory_format=self._layout)
         self._compiled = compiled
         self._network = _compiled(self.module) if compiled else self.module
@@ -65,9 +68,11 @@ class UNet:
         """The float32 prediction of tensors on the device, as `__call__` has it of arrays."""
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        x = latents.to(self._dtype, memory_format=self._layout)
+        rows, labels = apart(latents, self.module.config)
+        x = rows.to(self._dtype, memory_format=self._layout)
         # diffusers makes the timesteps' sinusoid in float32, for which bfloat16 had no digits.
-        prediction = self._network(x, timesteps, text_states.to(self._dtype), return_dict=False)[0]
+        labelled = {} if labels is None else {"class_labels": labels.long()}
+        prediction = self._network(x, timesteps, text_states.to(self._dtype), return_dict=False, **labelled)[0]
         # The next call overwrites what a CUDA graph returns.
         result: torch.Tensor = prediction.to(torch.float32, copy=self._compiled)
         return result
@@ -79,7 +84,7 @@ class UNet:
         text = engine["text_encoder"]
         for rows in self._row_buckets or (1,):
             self(
-                np.zeros((rows, self.module.config.in_channels, height, width), np.float32),
+                np.zeros((rows, row_channels(self.module.config), height, width), np.float32),
                 np.zeros(rows, np.float32),
                 np.zeros((rows, text["context_length"], text["width"]), np.float32),
             )
@@ -88,11 +93,12 @@ class UNet:
     def __call__(
         self, latents: NDArray[np.float32], timesteps: NDArray[np.float32], text_states: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] prediction for latents [B, 4, h, w], timesteps [B] and text states [B, T, D].
+        """[B, 4, h, w] prediction for latents [B, U, h, w], timesteps [B] and text states [B, T, D].
 
-        T may be any number of text states: the UNet attends to all of them. Timesteps count from 0 to 999 and may lie
-        between two. Whether noise or velocity is predicted is the engine's matter. Raises `InvalidInput` where the
-        numbers of rows disagree.
+        U is 4 and, in UNets that take more than noisy latents, the channels of that after them (an upscaler's label is
+        one, too: `class_labels`). T may be any number of text states: the UNet attends to all of them. Timesteps count
+        from 0 to 999 and may lie between two. Whether noise or velocity is predicted is the engine's matter. Raises
+        `InvalidInput` where the numbers of rows disagree.
         """
         if not len(latents) == len(timesteps) == len(text_states):
             raise InvalidInput(

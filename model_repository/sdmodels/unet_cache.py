@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdmodels.batching import check_rows
+from sdmodels.class_labels import apart
 from sdmodels.precision import DTYPES, InRange
 from sdmodels.row_buckets import in_buckets
 from sdmodels.unet import UNet
@@ -36,10 +37,16 @@ class WithFeatures(torch.nn.Module):
         unet.up_blocks[-2].register_forward_hook(self._keep)
 
     def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prediction [B, 4, h, w] and features [B, F, h, w]."""
-        prediction: torch.Tensor = self.unet(latents, timesteps, text_states, return_dict=False)[0]
+        prediction: torch.Tensor = self.unet(
+            latents, timesteps, text_states, class_labels=class_labels, return_dict=False
+        )[0]
         return prediction, self._features
 
     def _keep(self, block: torch.nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -54,11 +61,18 @@ class FromFeatures(torch.nn.Module):
         self.unet = unet
 
     def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor, features: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text_states: torch.Tensor,
+        features: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Prediction [B, 4, h, w]."""
         unet, down, up = self.unet, self.unet.down_blocks[0], self.unet.up_blocks[-1]
         embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+        if class_labels is not None:
+            embedding = embedding + unet.get_class_embed(sample=latents, class_labels=class_labels)
         sample = unet.conv_in(latents)
         skips = [sample]
         # Layer by layer, because nobody needs what the block's last one makes for the blocks below.
@@ -99,15 +113,19 @@ class UNetCache:
     def whole(self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
         """Float32 prediction and features, one below the other, of tensors on the device."""
         network, _ = self._networks
-        return torch.cat(network(latents.to(self._dtype), timesteps, text_states.to(self._dtype)), dim=1).float()
+        rows, labels = apart(latents, network.unet.config)
+        labelled = () if labels is None else (labels.long(),)
+        made = network(rows.to(self._dtype), timesteps, text_states.to(self._dtype), *labelled)
+        return torch.cat(made, dim=1).float()
 
     def outermost(
         self, latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor, features: torch.Tensor
     ) -> torch.Tensor:
         """The float32 prediction of tensors on the device."""
         _, network = self._networks
-        states = text_states.to(self._dtype)
-        prediction: torch.Tensor = network(latents.to(self._dtype), timesteps, states, features.to(self._dtype))
+        rows, labels = apart(latents, network.unet.config)
+        inputs = rows.to(self._dtype), timesteps, text_states.to(self._dtype), features.to(self._dtype)
+        prediction: torch.Tensor = network(*inputs, *(() if labels is None else (labels.long(),)))
         return prediction.float()
 
     @torch.inference_mode()
@@ -118,7 +136,7 @@ class UNetCache:
         text_states: NDArray[np.float32],
         features: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """[B, 4 + F, h, w]: the whole network's prediction for latents [B, 4, h, w], timesteps [B] and text states
+        """[B, 4 + F, h, w]: the whole network's prediction for latents [B, U, h, w], timesteps [B] and text states
         [B, T, D], and its features; with features [B, F, h, w] the prediction [B, 4, h, w] of the outermost blocks.
 
         As `sdmodels.unet.UNet.__call__`. Raises `InvalidInput` where the numbers of rows disagree.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sdmodels.class_labels import apart
 from sdmodels.unet import UNet
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class UNetGradient:
         text_states: NDArray[np.float32],
         gradients: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """[B, 4, h, w] gradients by `latents` from those by the prediction, `gradients`; both [B, 4, h, w].
+        """[B, 4, h, w] gradients by the noisy `latents` from those by the prediction, `gradients` [B, 4, h, w].
 
-        The other arguments are those of `UNet`. Rows are computed one by one: a row depends on itself alone, and memory
-        does not grow with the batch.
+        The other arguments are those of `UNet`; channels of a conditioning have no gradient. Rows are computed one by
+        one: a row depends on itself alone, and memory does not grow with the batch.
         """
         return np.stack([self._row(*row) for row in zip(latents, timesteps, text_states, gradients, strict=True)])
 
@@ -48,6 +49,9 @@ class UNetGradient:
             for value in (latents, timestep, text_states, gradient)
         )
         x.requires_grad_()
-        prediction = self._unet(x, t, c, return_dict=False)[0]
-        result: NDArray[np.float32] = torch.autograd.grad(prediction, x, g)[0][0].cpu().numpy()
+        row, labels = apart(x, self._unet.config)
+        labelled = {} if labels is None else {"class_labels": labels.long()}
+        prediction = self._unet(row, t, c, return_dict=False, **labelled)[0]
+        by_latents = torch.autograd.grad(prediction, x, g)[0][0, : len(gradient)]
+        result: NDArray[np.float32] = by_latents.cpu().numpy()
         return result

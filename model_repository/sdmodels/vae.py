@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from sdmodels.errors import InvalidInput
 from sdmodels.precision import DTYPES, InRange
+from sdmodels.strips import decode_in_strips
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdmodels.precision import Precision, Rows
+
+
+# Images up to this size are decoded as a whole: 0.4 GB in float32 with the autoencoder of SD 2.1.
+WHOLE_PIXELS = 320 * 320
 
 
 class VaeEncoder:
@@ -37,11 +42,12 @@ class VaeEncoder:
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3].
+        """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3], or RGBA [B, 8h, 8w, 4].
 
-        The mean of the posterior, and no sample of it: its spread is far below what can be seen, and the same picture
-        has the same latents. Rows are encoded one by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes
-        that are no multiples of 8.
+        Transparent pixels are 0 for the encoder, between the bytes 127 and 128: what inpainting UNets are shown in the
+        place of what they are to paint. Any other opacity counts for nothing. The mean of the posterior, and no sample
+        of it: its spread is far below what can be seen, and the same picture has the same latents. Rows are encoded one
+        by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes that are no multiples of 8.
         """
         return np.stack([self._encode(row) for row in pixels])
 
@@ -53,12 +59,15 @@ class VaeEncoder:
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         height, width, channels = pixels.shape
-        if channels != 3 or not height or not width or height % self._downsampling or width % self._downsampling:
+        step = self._downsampling
+        if channels not in (3, 4) or not height or not width or height % step or width % step:
             raise InvalidInput(
-                f"{width} x {height} pixels of {channels} channels: width and height must be multiples of "
-                f"{self._downsampling}, and channels 3"
+                f"{width} x {height} pixels of {channels} channels: width and height must be multiples of {step}, "
+                "and channels 3 or 4"
             )
-        image = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        image = torch.tensor(pixels[..., :3], dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        if channels == 4:
+            image[..., torch.from_numpy(pixels[..., 3] == 0)] = 0
         latents = self._encode_image(image.to(self._device, memory_format=torch.channels_last))[0]
         encoded: NDArray[np.float32] = latents.contiguous().cpu().numpy()
         return encoded
@@ -73,9 +82,11 @@ class VaeDecoder:
     def __init__(self, engine_folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
         self._vae = _read_vae(engine_folder / "vae", ("encoder", "quant_conv"), device, precision)
         self._device, self._dtype = device, DTYPES[precision]
-        self._decode_latents: Rows = self.image
+        self._decode_latents: Rows = self.image_alone
         if precision != "fp32":
-            self._decode_latents = InRange("vae_decoder", self.image, lambda: VaeDecoder(engine_folder, device).image)
+            self._decode_latents = InRange(
+                "vae_decoder", self.image_alone, lambda: VaeDecoder(engine_folder, device).image_alone
+            )
         self._scaling_factor: float = self._vae.config.scaling_factor
         self.upsampling: int = 2 ** (len(self._vae.config.block_out_channels) - 1)
         """Pixels in each direction of one place of the latents."""
@@ -85,6 +96,14 @@ class VaeDecoder:
         scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
         image: torch.Tensor = self._vae.decode(scaled.to(self._dtype), return_dict=False)[0].float()
         return image
+
+    def image_alone(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `image`, not differentiable; large ones in strips, for their memory."""
+        height, width = latents.shape[2:]
+        if height * width * self.upsampling**2 <= WHOLE_PIXELS:
+            return self.image(latents)
+        scaled = latents.to(memory_format=torch.channels_last) / self._scaling_factor
+        return decode_in_strips(self._vae, scaled.to(self._dtype)).float()
 
     @property
     def module(self) -> AutoencoderKL:
@@ -128,6 +147,8 @@ def _read_vae(folder: Path, without: tuple[str, ...], device: str, precision: Pr
         device=device,
     )
     vae.load_state_dict({current_name(name): weight for name, weight in weights.items()}, assign=True)
+    # Each goes as soon as it is laid out anew: there are never two of all.
+    del weights
     # Channels last takes a sixth off a decode on one core, where the UNet gains nothing from it.
     return vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 

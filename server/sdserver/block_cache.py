@@ -36,10 +36,13 @@ class BlockCache:
     has no features of that step, because it was not asked for then.
     """
 
-    def __init__(self, interval: int, whole: StepScheduler, outermost: StepScheduler, tenant: str) -> None:
+    def __init__(
+        self, interval: int, whole: StepScheduler, outermost: StepScheduler, tenant: str, channels: int
+    ) -> None:
         """`whole` takes `Row`s and gives predictions [C, h, w] with features [F, h, w] below them; `outermost` takes
-        `CachedRow`s."""
+        `CachedRow`s. `channels` is C."""
         self._interval = interval
+        self._channels = channels
         self._whole = whole
         self._outermost = outermost
         self._tenant = tenant
@@ -58,9 +61,9 @@ class BlockCache:
             self._features.clear()
         features = [self._features.get(key) for key in keys]
         missing = [index for index, known in enumerate(features) if known is None]
-        predictions = np.empty((len(rows), *rows[0].latents.shape), np.float32)
+        channels = self._channels
+        predictions = np.empty((len(rows), channels, *rows[0].latents.shape[1:]), np.float32)
         if missing:
-            channels = len(rows[0].latents)
             made = await self._whole.predict([rows[index] for index in missing], self._tenant)
             predictions[missing] = made[:, :channels]
             self._features.update((keys[index], row[channels:]) for index, row in zip(missing, made, strict=True))

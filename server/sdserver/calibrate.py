@@ -92,7 +92,7 @@ async def measure(engine: Engine, backend: Backend, seconds: float) -> list[Meas
 async def seconds_of_call(engine: Engine, backend: Backend, rows: int, shape: tuple[int, int]) -> float:
     """How long one UNet call of so many rows of latents [height, width] takes. Raises RequestError."""
     generator = np.random.default_rng(0)
-    latents = generator.standard_normal((rows, engine.latents.channels, *shape), np.float32)
+    latents = generator.standard_normal((rows, engine.unet_channels, *shape), np.float32)
     states = generator.standard_normal(
         (rows, engine.text_encoder.context_length, engine.text_encoder.width), np.float32
     )

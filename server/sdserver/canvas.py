@@ -54,6 +54,8 @@ class Canvas:
     """[H, W, 3]."""
     repaint: Floats | None
     """[H, W] how much of each pixel is repainted, 0 (kept exactly) to 1; None: nothing is kept, and nothing masked."""
+    hidden: NDArray[np.bool_] | None = None
+    """[H, W] the pixels of which half or more is repainted, without the soft border around them; None: all."""
 
     def padded(self, width: int, height: int) -> Pixels:
         """[height, width, 3] the pixels in the middle of a larger picture, their edges continued."""
@@ -68,6 +70,19 @@ class Canvas:
         cells = padded.reshape(height // downsampling, downsampling, width // downsampling, downsampling)
         most: Floats = cells.max(axis=(1, 3))
         return most
+
+    def masked(self, width: int, height: int, downsampling: int) -> tuple[Pixels, Floats]:
+        """[height, width, 4] the pixels of `padded`, transparent where they are hidden, and [h, w] 1 for the places of
+        the latents that are, 0 for others.
+
+        A place is what its first pixel is, because inpainting UNets were trained with masks that were made so.
+        """
+        hidden = np.ones((height, width), np.bool_)
+        if self.hidden is not None:
+            hidden = np.pad(self.hidden, _margins(self.hidden, width, height), "edge")
+        opacity = np.where(hidden, 0, 255).astype(np.uint8)
+        pixels = np.concatenate([self.padded(width, height), opacity[..., None]], axis=2)
+        return pixels, hidden[::downsampling, ::downsampling].astype(np.float32)
 
     def composite(self, pixels: Pixels) -> Pixels:
         """[H, W, 3] `pixels` where they are to be repainted, the initial image where it is kept, a blend between."""
@@ -99,7 +114,28 @@ def canvas(
     pixels = _filled(rgba[..., :3], rgba[..., 3] >= LEAST_OPACITY)
     if mask is None and not repaint.any():
         return Canvas(pixels, None)
-    return Canvas(pixels, feathered(repaint, feather))
+    return Canvas(pixels, feathered(repaint, feather), repaint >= 0.5)
+
+
+def blank(width: int, height: int) -> Canvas:
+    """A canvas of which nothing is kept."""
+    return Canvas(np.zeros((height, width, 3), np.uint8), None)
+
+
+def fitted_map(picture: Image.Image, width: int, height: int, fit: Fit) -> Floats:
+    """[height, width] the values of a picture of mode F; where a contained one leaves gaps, they are 0."""
+    return np.asarray(_fitted(picture, width, height, fit, 0), np.float32)
+
+
+def resized_map(values: Floats, width: int, height: int) -> Floats:
+    """[height, width] a map at another size."""
+    box = 0.0, 0.0, float(values.shape[1]), float(values.shape[0])
+    return np.asarray(_resized(Image.fromarray(values), width, height, box), np.float32)
+
+
+def padded_map(values: Floats, width: int, height: int) -> Floats:
+    """[height, width] a map in the middle of a larger one, its edges continued."""
+    return np.pad(values, _margins(values, width, height), "edge")
 
 
 def default_size(
@@ -167,13 +203,13 @@ def _fitted(picture: Image.Image, width: int, height: int, fit: Fit, background:
 
 
 def _resized(picture: Image.Image, width: int, height: int, box: tuple[float, float, float, float]) -> Image.Image:
-    """A part of the picture at another size, as RGBA or L; its pixels as they are where that is the part's own."""
+    """A part of the picture at another size, as RGBA, L or F; its pixels as they are where that is the part's own."""
     left, top, right, bottom = box
     if (right - left, bottom - top) == (width, height) and left == int(left) and top == int(top):
         part = picture.crop((int(left), int(top), int(left) + width, int(top) + height))
-        return part if part.mode == "L" else part.convert("RGBA")
+        return part if part.mode in ("L", "F") else part.convert("RGBA")
     # Lanczos overshoots beside an edge: a mask would wave there, and a cut-out picture would have a halo.
-    if picture.mode == "L":
+    if picture.mode in ("L", "F"):
         return picture.resize((width, height), Image.Resampling.BILINEAR, box)
     if picture.mode == "RGBA":
         # Colours times opacity, so that the unseen colours of transparent pixels do not bleed.

@@ -27,7 +27,21 @@ def convert(options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], Non
 
     Raises ConversionFailed. Leaving by an exception ends the process; what it has finished stays for the next run.
     """
-    command = [sys.executable, "-m", "sdmodels.conversion", json.dumps(dict(options))]
+    return _run("convert", options, on_event)
+
+
+def prepare(options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """What the engine's first start and first preview need, made of its files; otherwise as `convert`."""
+    return _run("prepare", options, on_event)
+
+
+def add_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a LoRA (`sdmodels.conversion.lora`), after its file is written; otherwise as `convert`."""
+    return _run("lora", options, lambda _: None)
+
+
+def _run(task: str, options: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "sdmodels.conversion", task, json.dumps(dict(options))]
     # In a process group of its own: Ctrl-C is for this process, which ends that one.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", process_group=0) as process:
         assert process.stdout is not None

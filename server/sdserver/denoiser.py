@@ -49,12 +49,15 @@ class Denoiser:
         scheduler: StepScheduler | LoraRows,
         clip: ClipGuide | None = None,
         cache: BlockCache | None = None,
+        conditioning: Array | None = None,
     ) -> None:
+        """`conditioning` [E, h, w]: the channels that the UNet takes after those of the latents."""
         self._request = request
         self._guidance = guidance
         self._scheduler = scheduler
         self._clip = clip
         self._cache = cache
+        self._conditioning = conditioning
         self._forms: dict[tuple[float, ...], _Form] = {}
         self._windows: Grid | None = None
         self.unet_rows = 0
@@ -117,7 +120,7 @@ class Denoiser:
         engine = self._request.engine
         timestep = engine.noise_schedule.timestep(query.sigma)
         grid = self._grid(query.x)
-        parts = [part * c_in(query.sigma) for part in grid.split(query.x)]
+        parts = self._inputs(query, grid)
         rows = [Row(part, timestep, states) for states in form.text_states for part in parts]
         if self._cache is None:
             predictions = await self._scheduler.predict(rows, self._request.tenant)
@@ -129,6 +132,13 @@ class Denoiser:
         if grid.whole:
             return predictions
         return np.stack([grid.join(each) for each in np.split(predictions, len(form.text_states))])
+
+    def _inputs(self, query: Query, grid: Grid) -> list[Array]:
+        """[U, h, w] what the UNet sees of each window."""
+        latents = [part * c_in(query.sigma) for part in grid.split(query.x)]
+        if self._conditioning is None:
+            return latents
+        return [np.concatenate(each) for each in zip(latents, grid.split(self._conditioning), strict=True)]
 
     def _grid(self, latents: Array) -> Grid:
         """The windows in which the UNet sees latents [C, h, w], which are of the same size in all queries."""
@@ -151,10 +161,7 @@ class Denoiser:
         engine, scale = self._request.engine, c_in(query.sigma)
         timestep = engine.noise_schedule.timestep(query.sigma)
         grid = self._grid(query.x)
-        parts = [
-            (part * scale, by)
-            for part, by in zip(grid.split(query.x), grid.weighted(grid.split(gradient)), strict=True)
-        ]
+        parts = list(zip(self._inputs(query, grid), grid.weighted(grid.split(gradient)), strict=True))
         rows = [
             GradientRow(part, timestep, states, weight * share)
             for states, weight in zip(text_states, weights, strict=True)

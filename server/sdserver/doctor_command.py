@@ -26,6 +26,7 @@ from sdserver.engines import EngineError
 from sdserver.errors import RequestError
 from sdserver.settings import ServeSettings
 from sdserver.triton_host import why_not
+from sdserver.triton_models import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str], hardware: Hardware | None = None) -> int:
     try:
         engines = EngineStore(repository).engines()
         answers, steps = asyncio.run(_ask(url, engines))
-        facts = [_facts(repository, engine, steps) for engine in engines]
+        facts = [_facts(repository, engine, steps, seen) for engine in engines]
     except (EngineError, OSError, ValueError, KeyError) as error:
         problems.append(Finding("engines", "wrong", str(error), "sdserver engine verify says what is damaged"))
     found = [*findings(seen, why_not(), url, answers, facts), *problems]
@@ -79,13 +80,15 @@ def main(arguments: Sequence[str], hardware: Hardware | None = None) -> int:
     return int(not is_well)
 
 
-def _facts(repository: Path, engine: Engine, steps: dict[str, float | None]) -> EngineFacts:
+def _facts(repository: Path, engine: Engine, steps: dict[str, float | None], seen: Hardware) -> EngineFacts:
     folder = repository / "engines" / engine.id
+    configuration = (repository / engine.model("unet") / "config.pbtxt").read_text(encoding="utf-8")
+    in_bf16 = seen.cpu.has_bf16 and parameters(configuration).get("precision") != "fp32"
     return EngineFacts(
         engine.id,
         len(engine.models),
-        kind_of((repository / engine.model("unet") / "config.pbtxt").read_text(encoding="utf-8")),
-        engine_memory(folder, engine, on_gpu=False),
+        kind_of(configuration),
+        engine_memory(folder, engine, on_gpu=False, in_bf16=in_bf16),
         engine_memory(folder, engine, on_gpu=True),
         engine.id in steps,
         steps.get(engine.id),

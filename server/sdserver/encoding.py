@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def encode(vae_encoder: StepScheduler, request: GenerationRequest, pixels: Pixels) -> Floats:
-    """[C, h, w] latents of pixels [H, W, 3] for a request; cancelling it falls between tiles.
+    """[C, h, w] latents of pixels [H, W, 3 or 4] for a request; cancelling it falls between tiles.
 
     In the tiles in which they are decoded: the encoder needs no more memory for them.
     """

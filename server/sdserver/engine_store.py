@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 MAX_BATCH_ROWS = 16
 # Those of sdmodels.conversion, which has no further use for them once the descriptor is written.
 WORKING_FILES = (".unfinished.json", ".lock")
+# For the descriptions of engines, by what their UNets take.
+PURPOSES = {
+    "none": "",
+    "inpainting": " for inpainting",
+    "depth": " that follows a depth map",
+    "upscaling": " that enlarges images",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +76,24 @@ class EngineStore:
         placement: Placement | None = None,
         *,
         block_cache: bool = False,
+        decode_tile: int | None = None,
     ) -> Report:
         """Makes an engine of the files that `sdmodels.conversion` has written below its folder.
 
         With `block_cache`, or if it has been there with it, it takes block caching, for which its UNet is loaded a
-        second time. Its Triton models come first and its descriptor last: only then there is an engine. Raises
-        EngineError.
+        second time. `decode_tile` is the side of the squares, in pixels, in which larger images are decoded; 0: none;
+        None: the native size. Its Triton models come first and its descriptor last: only then there is an engine.
+        Raises EngineError.
         """
         descriptor = _descriptor(engine_id, title, license_name, facts)
+        if decode_tile is not None:
+            descriptor["decode_tile"] = {"size": decode_tile, "overlap": decode_tile // 4} if decode_tile else None
         before = self.find(engine_id)
         if before and before.preview_map:
-            # Fitted by hand, and still right for the same weights.
+            # Perhaps fitted to the engine's own images, and still right for the same weights.
             descriptor["preview_map"] = before.model_dump(mode="json")["preview_map"]
+        elif found := facts.get("preview_map"):
+            descriptor["preview_map"] = {"matrix": found["matrix"], "bias": found["bias"]}
         if block_cache or (before and before.block_cache):
             descriptor["block_cache"] = {"channels": facts["unet_channels"][1]}
             descriptor["optional_roles"].append("unet_cache")
@@ -155,13 +168,17 @@ def engine_id_of(source: str) -> str:
 def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     size, source, tower = facts["native_size"], facts["source"], facts["image_tower"]
     distilled = is_distilled(engine_id, source["name"])
+    purpose = PURPOSES[facts["conditioning"]]
     license_ = license_of(license_name or facts["license"], facts["family"], distilled)
+    # Original files do not say it. A single step has to begin at the noisy end, and only this spacing does.
+    spacing = {"timestep_spacing": "trailing"} if distilled else {}
     descriptor = {
         "id": engine_id,
         "name": title or engine_id,
-        "description": f"Stable Diffusion {facts['family']}.x at {size} x {size} pixels, from {source['name']}.",
+        "description": f"Stable Diffusion {facts['family']}.x{purpose} at {size} x {size} pixels, from "
+        f"{source['name']}.",
         "prediction_type": facts["prediction_type"],
-        "noise_schedule": facts["noise_schedule"],
+        "noise_schedule": facts["noise_schedule"] | spacing,
         "latents": facts["latents"],
         "text_encoder": facts["text_encoder"],
         "native_width": size,
@@ -172,11 +189,23 @@ def _descriptor(engine_id: str, title: str, license_name: str, facts: Mapping[st
         # UNets repeat themselves in images that are much larger than those of their training; decoders need memory.
         "windows": {"size": size, "overlap": size // 2},
         "decode_tile": {"size": size, "overlap": size // 4},
-        "optional_roles": ["vae_encoder", *(["clip_guidance"] if tower else [])],
+        "optional_roles": [
+            # An upscaler is shown its image as it is.
+            *([] if facts["upscaling"] else ["vae_encoder"]),
+            *(["depth_estimator"] if facts["estimates_depth"] else []),
+            *(["clip_guidance"] if tower else []),
+        ],
         "weights": dict(sorted(facts["files"].items())),
         "license": license_.model_dump(),
         "source": source,
     }
+    if facts["conditioning"] != "none":
+        # Left out of all others, so that what was made before has the same descriptor, and digest, as ever.
+        descriptor["conditioning"] = facts["conditioning"]
+    if facts["upscaling"]:
+        descriptor["upscaling"] = facts["upscaling"]
+        # Images of the native size are what it enlarges, rather than what it makes.
+        descriptor["limits"]["max_pixels"] = descriptor["limits"]["max_size"] ** 2
     if tower:
         image_size = tower["image_size"]
         descriptor["clip_guidance"] = {

@@ -24,7 +24,7 @@ MAX_LORAS = 8
 SCHEDULES = ("native", "karras", "exponential")
 # The models that every engine has, and those that it may have.
 ROLES = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache")
+OPTIONAL_ROLES = ("vae_encoder", "clip_guidance", "unet_gradient", "unet_cache", "depth_estimator")
 # The model that an engine has as soon as it has LoRAs.
 LORA_ROLE = "unet_lora"
 
@@ -32,6 +32,9 @@ LORA_ROLE = "unet_lora"
 LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Positive = Annotated[int, Field(gt=0)]
+Conditioning = Literal["none", "inpainting", "depth", "upscaling"]
+# Of a picture.
+COLOURS = 3
 
 
 class _Data(BaseModel):
@@ -140,6 +143,16 @@ class Windows(_Data):
         return self
 
 
+class Upscaling(_Data):
+    """How an upscaler takes the image that it enlarges, which has as many pixels as the latents have places.
+
+    It gets noise of one of the levels of `noise_schedule`, counted by training timesteps, and the UNet is told which.
+    """
+
+    noise_schedule: NoiseSchedule
+    max_noise_level: Annotated[int, Field(ge=0)]
+
+
 class License(_Data):
     """Under which terms the engine may be used."""
 
@@ -201,6 +214,8 @@ class Engine(_Data):
     prediction_type: Literal["epsilon", "v_prediction"]
     noise_schedule: NoiseSchedule
     latents: Latents
+    # What the UNet takes beside the noisy latents, as channels after theirs: see `conditioning`.
+    conditioning: Conditioning = "none"
     text_encoder: TextEncoder
     native_width: Positive
     native_height: Positive
@@ -217,6 +232,8 @@ class Engine(_Data):
     clip_guidance: ClipGuidance | None = None
     # For engines with the role `unet_cache`.
     block_cache: BlockCache | None = None
+    # For engines whose conditioning is upscaling.
+    upscaling: Upscaling | None = None
     # In which images are denoised that are larger than one of them and an overlap. None: always as a whole.
     windows: Windows | None = None
     # In which latents are decoded that are larger than one of them: bounds the decoder's memory. None: as a whole.
@@ -249,6 +266,14 @@ class Engine(_Data):
             raise ValueError("two presets of clip_guidance have the same name")
         if (self.block_cache is None) == ("unet_cache" in self.optional_roles):
             raise ValueError("an engine has block_cache and the optional role unet_cache, or neither")
+        if (self.upscaling is None) == (self.conditioning == "upscaling"):
+            raise ValueError("an engine has upscaling and the conditioning of that name, or neither")
+        if self.upscaling and self.upscaling.max_noise_level >= self.upscaling.noise_schedule.train_timesteps:
+            raise ValueError("upscaling.max_noise_level must be less than its noise_schedule.train_timesteps")
+        if "depth_estimator" in self.optional_roles and self.conditioning != "depth":
+            raise ValueError("the optional role depth_estimator is for engines whose conditioning is depth")
+        if self.conditioning == "inpainting" and "vae_encoder" not in self.optional_roles:
+            raise ValueError("an inpainting engine needs the optional role vae_encoder, for what it is to keep")
         if self.limits.size_multiple % self.latents.downsampling:
             raise ValueError("limits.size_multiple must be a multiple of latents.downsampling")
         if self.windows and self.windows.size % self.limits.size_multiple:
@@ -267,6 +292,18 @@ class Engine(_Data):
     def model(self, role: str) -> str:
         """Name of the engine's Triton model for a role, such as `tiny-landscape.unet`."""
         return f"{self.id}.{role}"
+
+    @property
+    def unet_channels(self) -> int:
+        """Channels that the UNet takes: the noisy latents, then those of the conditioning."""
+        further = {
+            "none": 0,
+            "inpainting": 1 + self.latents.channels,
+            "depth": 1,
+            # The image and, the same number everywhere, its noise level.
+            "upscaling": COLOURS + 1,
+        }
+        return self.latents.channels + further[self.conditioning]
 
     @property
     def roles(self) -> tuple[str, ...]:

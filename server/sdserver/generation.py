@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sdserver import images
 from sdserver.canvas import Canvas
+from sdserver.conditioning import conditioning, with_noise
 from sdserver.decoding import decode
 from sdserver.denoiser import Denoiser
 from sdserver.encoding import encode
@@ -57,6 +58,8 @@ class Generation:
     encoded: float
     observer: Observer
     passes: tuple[Pass, ...] = field(init=False)
+    conditionings: list[Array | None] = field(default_factory=list)
+    """Of each pass, as far as all images have it in common."""
     denoisers: list[Denoiser] = field(default_factory=list)
     completed: dict[int, int] = field(default_factory=dict)
 
@@ -82,6 +85,7 @@ class Generation:
         initial = None
         if request.init_image is not None:
             initial = await self._encode(request.init_image.canvas, self.passes[0])
+        self.conditionings = [await conditioning(request, self.schedulers, part) for part in self.passes]
         tasks: list[asyncio.Task[float]] = []
         try:
             async with asyncio.TaskGroup() as group:
@@ -169,7 +173,10 @@ class Generation:
     def _denoiser(self, part: Pass, image: ImageLatents | None, noise: ImageNoise) -> Denoise:
         clip = None if self.clip_guide is None else self.clip_guide(noise.cutout_seeds(part.number))
         cache = self.schedulers.block_cache(self.request)
-        denoiser = Denoiser(self.request, self.guidance, self.schedulers.unet_of(self.request), clip, cache)
+        unet, channels = self.schedulers.unet_of(self.request), self.conditionings[part.number]
+        if channels is not None:
+            channels = with_noise(self.request, channels, noise)
+        denoiser = Denoiser(self.request, self.guidance, unet, clip, cache, channels)
         self.denoisers.append(denoiser)
 
         async def denoise(query: Query) -> Array:
@@ -194,19 +201,28 @@ class Generation:
             latents: Array = end.value
             return latents
 
-    async def _encode(self, canvas: Canvas, part: Pass) -> ImageLatents:
-        """The latents of an image of a pass's size."""
+    async def _encode(self, canvas: Canvas, part: Pass) -> ImageLatents | None:
+        """The latents of an image of a pass's size; None: the pass needs none."""
         engine = self.request.engine
+        # An inpainting UNet is shown what to keep, and was not trained with latents that are kept by others; an
+        # upscaling UNet is shown the whole image.
+        shown = engine.conditioning in ("inpainting", "upscaling")
+        if shown and part.whole_schedule:
+            return None
         width, height = engine.padded_size(part.width, part.height)
         # Requests with initial images are refused for engines without it.
         assert self.schedulers.vae_encoder is not None
         latents = await encode(self.schedulers.vae_encoder, self.request, canvas.padded(width, height))
-        return ImageLatents(latents, canvas.repaint_in_latents(width, height, engine.latents.downsampling))
+        repaint = None if shown else canvas.repaint_in_latents(width, height, engine.latents.downsampling)
+        return ImageLatents(latents, repaint)
 
     async def _decode(self, latents: Array, part: Pass) -> Pixels:
         """[H, W, 3] pixels of a pass's latents."""
+        engine = self.request.engine
         pixels = await decode(self.schedulers.vae_decoder, self.request, latents)
-        return images.crop(pixels, part.width, part.height)
+        # An upscaler's image lies in the middle by whole pixels of its own.
+        step = engine.latents.downsampling if engine.conditioning == "upscaling" else 1
+        return images.crop(pixels, part.width, part.height, step)
 
     def _preview(self, index: int, part: Pass, step: int, x0: Array) -> None:
         request, preview_map = self.request, self.request.engine.preview_map

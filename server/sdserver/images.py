@@ -41,10 +41,10 @@ DEFAULT_QUALITY = 95
 PREVIEW_OUTPUT = Output("image/jpeg", 80)
 
 
-def crop(pixels: Pixels, width: int, height: int) -> Pixels:
-    """The middle `height` x `width` of [H, W, 3] pixels."""
-    top = (pixels.shape[0] - height) // 2
-    left = (pixels.shape[1] - width) // 2
+def crop(pixels: Pixels, width: int, height: int, step: int = 1) -> Pixels:
+    """The middle `height` x `width` of [H, W, 3] pixels, from a multiple of `step` on in each direction."""
+    top = (pixels.shape[0] - height) // 2 // step * step
+    left = (pixels.shape[1] - width) // 2 // step * step
     return pixels[top : top + height, left : left + width]
 
 

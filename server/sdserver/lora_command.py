@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from sdserver.conversion import ConversionFailed, convert
+from sdserver.conversion import ConversionFailed, add_lora
 from sdserver.engine_store import EngineStore
 from sdserver.engines import LORA_NAME, EngineError
 from sdserver.lora_store import LoraStore, lora_name_of
@@ -48,7 +48,7 @@ def _add(repository: Path, options: argparse.Namespace) -> None:
     with options.file.open("rb") as file:
         if before and before.source.sha256 != hashlib.file_digest(file, "sha256").hexdigest():
             raise EngineError(f"{name} is another LoRA already: choose another --name, or remove it first")
-    facts = convert({"lora": str(options.file), "engine": str(store.engine_folder)}, lambda _: None)
+    facts = add_lora({"lora": str(options.file), "engine": str(store.engine_folder)})
     said = {field: value for field in ("title", "description") if (value := getattr(options, field)) is not None}
     if options.trigger_words is not None:
         said["trigger_words"] = [word.strip() for word in options.trigger_words.split(",") if word.strip()]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from contextlib import contextmanager
+from socketserver import ThreadingMixIn
+from threading import Thread
 from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from sdserver.observation import CURRENT_WORK, UNET_MODELS, Observer, StepObserver, Work
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from sdserver.observation import Call, Stage, StepModel
 
 MAX_TENANTS = 100
+# How often the endpoint looks whether it should end: a server that stops waits for it.
+NOTICES_END_SECONDS = 0.05
 OTHER = "other"
 
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
@@ -198,10 +204,12 @@ class MetricsEndpoint:
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         """Listens. Raises OSError where it cannot."""
-        self._server, self._thread = start_http_server(port, host, metrics.registry)
+        self._server = make_server(host, port, make_wsgi_app(metrics.registry), _HttpServer, _Silent)
+        self._thread = Thread(target=self._server.serve_forever, args=(NOTICES_END_SECONDS,), daemon=True)
         self.port: int = self._server.server_port
 
     def __enter__(self) -> Self:
+        self._thread.start()
         return self
 
     def __exit__(
@@ -210,3 +218,16 @@ class MetricsEndpoint:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Scrapes are not worth a line."""

@@ -49,6 +49,10 @@ class ImageNoise:
         numbers = count(number * DRAWS_A_PASS + 1)
         return lambda: self.draw(next(numbers), shape)
 
+    def of_image(self, shape: tuple[int, ...]) -> Array:
+        """[C, h, w] the noise of the image that an upscaler enlarges: a draw that no sampler reaches."""
+        return self.draw(DRAWS_A_PASS // 4, shape)
+
     def cutout_seeds(self, number: int = 0) -> Callable[[], int]:
         """Integers, 0 to 2^63 - 1, a new one at each call, from draws of pass `number` that its noise never reaches."""
         numbers = count(number * DRAWS_A_PASS + DRAWS_A_PASS // 2)

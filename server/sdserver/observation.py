@@ -23,6 +23,7 @@ StepModel = Literal[
     "vae_encoder",
     "clip_guidance",
     "unet_gradient",
+    "depth_estimator",
 ]
 """Models that generations ask, each through a step scheduler of its own. The second and third are the two modes of
 `unet_cache`."""

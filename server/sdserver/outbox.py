@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from sdserver.request import Event
 
+# Turns of the event loop from an event of a step to the model's next call being on its way.
+TURNS = 4
+
 
 class Outbox:
     """A queue in which a new progress, or an image's new preview, replaces an unread one."""
@@ -41,6 +44,9 @@ class Outbox:
                 return
             self._changed.clear()
             await self._changed.wait()
+            # Sending takes time, which is free while the model works: its next call goes first.
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
 
 
 def _replaces(event: Event, unread: Event) -> bool:

@@ -13,6 +13,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.ImageFile import ImageFile
 
 ORIENTATION = 0x0112
@@ -49,14 +51,24 @@ def read_colour(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
 
 def read_grey(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
     """The first picture in a file, upright, as grey: mode L. What is transparent is black. Raises UnreadablePicture."""
-    picture = read_colour(data, max_bytes, max_pixels)
-    if picture.mode == "RGBA":
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture)
-    return picture.convert("L")
+    return _on_black(read_colour(data, max_bytes, max_pixels)).convert("L")
 
 
-def _decode(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
+def read_depth(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
+    """The first picture in a file, upright, as grey with all its bits: mode F, 0 to 1. What is transparent is 0.
+
+    Raises UnreadablePicture.
+    """
+    picture = _decode(data, max_bytes, max_pixels, _all_bits)
+    if picture.mode != "F":
+        picture = Image.fromarray(np.asarray(_on_black(picture).convert("L"), np.float32) / 255)
+    return picture
+
+
+def _decode(
+    data: bytes, max_bytes: int, max_pixels: int, depth: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """`depth` makes of grey of 16 bits what is wanted; None: grey of 8."""
     if len(data) > max_bytes:
         raise UnreadablePicture(f"{len(data)} bytes are too many; at most {max_bytes}")
     kind = _kind(data)
@@ -70,7 +82,7 @@ def _decode(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
         with kind(io.BytesIO(data)) as file:
             _check_size(*file.size, max_pixels)
             file.load()
-            picture = _eight_bits(file)
+            picture = (depth or _eight_bits)(file)
             orientation = _orientation(file)
     except UnreadablePicture:
         raise
@@ -78,6 +90,13 @@ def _decode(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
         # Decoders raise almost anything for almost anything that is not what it should be.
         raise UnreadablePicture("cannot be decoded: the file is damaged or cut off; save or send it anew") from error
     return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+
+
+def _on_black(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, picture.convert("RGBA"))
 
 
 def _kind(data: bytes) -> type[ImageFile]:
@@ -125,6 +144,13 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return grey
     alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
+
+
+def _all_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits as floats, 0 to 1; all else as it is."""
+    if not picture.mode.startswith("I") or "transparency" in picture.info:
+        return _eight_bits(picture)
+    return Image.fromarray(np.asarray(picture).astype(np.float32) / 65535)
 
 
 def _orientation(file: ImageFile) -> int:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from sdserver.observation import ANONYMOUS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from sdserver.canvas import Canvas, Fit, Outpaint
     from sdserver.engines import Engine, LoraInfo, Windows
 
@@ -79,6 +82,16 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class DepthMap:
+    """How far away everything of the result is: the SHA-256 of its file, and what became of it."""
+
+    sha256: str
+    fit: Fit
+    depths: NDArray[np.float32] = field(compare=False, repr=False)
+    """[H, W] of the result's size, more being nearer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Variation:
     """The noise of image `i` is moved towards that of `seed + i`, by `strength`, 0 to 1."""
 
@@ -142,6 +155,10 @@ class GenerationRequest:
     mask: Mask | None = None
     """None: nothing but what has no content is repainted by itself."""
     outpaint: Outpaint | None = None
+    noise_level: int | None = None
+    """Of the noise that an upscaler's initial image gets; None: the engine is none."""
+    depth_map: DepthMap | None = None
+    """None: the engine takes none, or estimates that of the initial image."""
     variation: Variation | None = None
     two_pass: TwoPass | None = None
     """None: one pass."""

@@ -106,7 +106,8 @@ class GenerationService(GenerationServiceServicer):
             raise
 
     async def _read(self, message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
-        if not message.HasField("init_image") and message.ByteSize() <= QUICK_BYTES:
+        pictures = message.HasField("init_image") or message.HasField("depth_map")
+        if not pictures and message.ByteSize() <= QUICK_BYTES:
             return wire.to_request(message, request_id, self._catalog, self._block_list)
         # Decoding a picture or searching long prompts takes time and memory: off the event loop, and one at a time.
         return await asyncio.get_running_loop().run_in_executor(

@@ -29,7 +29,7 @@ Rows = NDArray[Any]
 
 
 class Row(NamedTuple):
-    """One latent under one condition: `latents` [C, h, w] as the UNet takes them, `text_states` [tokens, width]."""
+    """One latent under one condition: `latents` [U, h, w] as the UNet takes them, `text_states` [tokens, width]."""
 
     latents: Array
     timestep: float

@@ -10,6 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 from sdserver.engines import LORA_ROLE, MAX_LORAS
 
 if TYPE_CHECKING:
@@ -23,14 +26,15 @@ class _Role:
     purpose: str
     python_class: str
     inputs: tuple[tuple[str, str, str], ...]
-    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {states}, {features} and {cached}
-    stand for an engine's numbers."""
+    """Name, data type and dimensions of a row, as Triton writes them; {channels}, {unet_channels}, {pixel_channels},
+    {states}, {features} and {cached} stand for an engine's numbers."""
     outputs: tuple[tuple[str, str, str], ...]
     optional_inputs: tuple[tuple[str, str, str], ...] = ()
 
 
 Device = Literal["auto", "cpu", "gpu"]
 _PREDICTING = ("unet", "unet_cache")
+_AUTOENCODER = ("vae_decoder", "vae_encoder")
 # Triton makes a group of KIND_AUTO one instance on each GPU, or one on the CPU where it sees none.
 _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
@@ -39,7 +43,8 @@ _KINDS: dict[Device, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIN
 class Placement:
     """Where an engine's models run, and how; an empty text, and None, leave it to the machine that they start on.
 
-    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`.
+    The texts are parameters of the UNet's models, `threads` of all: see `sdmodels.runtimes.load_unet`. A `precision` of
+    fp32 holds for the autoencoder, too.
     """
 
     device: Device = "auto"
@@ -56,6 +61,8 @@ class Placement:
             said |= {"precision": self.precision, "row_buckets": self.row_buckets}
         if role in _PREDICTING:
             said["runtime"] = self.runtime
+        if role in _AUTOENCODER and self.precision == "fp32":
+            said["precision"] = self.precision
         if role == "unet" and self.compile:
             said["compile"] = "true"
         return {name: value for name, value in said.items() if value}
@@ -63,7 +70,7 @@ class Placement:
 
 _LATENTS = "{channels}, -1, -1"
 _UNET_INPUTS = (
-    ("latents", "FP32", _LATENTS),
+    ("latents", "FP32", "{unet_channels}, -1, -1"),
     ("timestep", "FP32", "1"),
     ("text_states", "FP32", "-1, {states}"),
 )
@@ -90,8 +97,14 @@ _ROLES = {
     "vae_encoder": _Role(
         "Pixels to latents.",
         "VaeEncoderModel",
-        (("image", "UINT8", "-1, -1, 3"),),
+        (("image", "UINT8", "-1, -1, {pixel_channels}"),),
         (("latents", "FP32", _LATENTS),),
+    ),
+    "depth_estimator": _Role(
+        "How near everything in a picture is.",
+        "DepthEstimatorModel",
+        (("image", "UINT8", "-1, -1, 3"),),
+        (("depth", "FP32", "-1, -1"),),
     ),
     "clip_guidance": _Role(
         "How to change latents so that CLIP sees more of a text in them.",
@@ -141,9 +154,15 @@ def model_files(engine: Engine, features: int | None, placement: Placement | Non
     }
 
 
+def parameters(configuration: str) -> dict[str, str]:
+    """The parameters in the text of a model's `config.pbtxt`."""
+    said = text_format.Parse(configuration, ModelConfig()).parameters
+    return {name: value.string_value for name, value in said.items()}
+
+
 def lora_model_files(engine: Engine, unet_configuration: str) -> dict[str, str]:
     """The files of the model of an engine's LoRAs, which runs where its UNet does, by their path in the repository."""
-    said = dict(re.findall(r'key: "(\w+)" value: { string_value: "([^"]*)" }', unet_configuration))
+    said = parameters(unet_configuration)
     kind = re.search(r"\bKIND_(AUTO|CPU|GPU)\b", unet_configuration)
     placement = Placement(
         next(device for device, name in _KINDS.items() if kind is None or name == kind[0]),
@@ -158,6 +177,9 @@ def lora_model_files(engine: Engine, unet_configuration: str) -> dict[str, str]:
 def _configuration(engine: Engine, role: str, features: int | None, placement: Placement) -> str:
     numbers = {
         "channels": engine.latents.channels,
+        "unet_channels": engine.unet_channels,
+        # Of an inpainting engine it takes those with transparency, too.
+        "pixel_channels": -1 if engine.conditioning == "inpainting" else 3,
         "states": engine.text_encoder.width,
         "features": features,
         "cached": None if engine.block_cache is None else engine.block_cache.channels,

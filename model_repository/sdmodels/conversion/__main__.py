@@ -1,7 +1,5 @@
-"""`python -m sdmodels.conversion '<options as JSON>'`: events, one JSON object a line, on standard output.
-
-Options are those of a checkpoint (`convert.Options`), or with `lora` those of a LoRA (`lora.LoraOptions`).
-"""
+"""`python -m sdmodels.conversion convert | prepare | lora '<options as JSON>'`: events, one JSON object a line, on
+standard output."""
 
 from __future__ import annotations
 
@@ -19,13 +17,11 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     leave_out_unused(compiled=False)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    from sdmodels.conversion.convert import convert, options_of
     from sdmodels.conversion.errors import ConversionError
-    from sdmodels.conversion.lora import LoraOptions, add_lora
 
-    options = json.loads(arguments[0])
+    task, options = arguments[0], json.loads(arguments[1])
     try:
-        facts = add_lora(LoraOptions(**options)) if "lora" in options else convert(options_of(options), _say)
+        facts = {"convert": _converted, "prepare": _prepared, "lora": _added}[task](options)
     except ConversionError as error:
         _say({"event": "error", "message": error.message, "problems": list(error.problems)})
         return 1
@@ -37,6 +33,24 @@ def main(arguments: list[str]) -> int:
         return 1
     _say({"event": "done", **facts})
     return 0
+
+
+def _converted(options: dict[str, Any]) -> dict[str, Any]:
+    from sdmodels.conversion.convert import convert, options_of
+
+    return convert(options_of(options), _say)
+
+
+def _prepared(options: dict[str, Any]) -> dict[str, Any]:
+    from sdmodels.conversion.prepare import Preparation, prepare
+
+    return prepare(Preparation(**options), _say)
+
+
+def _added(options: dict[str, Any]) -> dict[str, Any]:
+    from sdmodels.conversion.lora import LoraOptions, add_lora
+
+    return add_lora(LoraOptions(**options))
 
 
 def _say(event: dict[str, Any]) -> None:

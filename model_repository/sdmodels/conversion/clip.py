@@ -29,6 +29,7 @@ HEAD_WIDTH = 64
 NO_STATES = ("text_projection", "logit_scale", "attn_mask")
 # What text states follow from.
 STATE_PREFIXES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
+CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # The same weights, rounded to 16 bits along the way.
 RELATIVE, ABSOLUTE = 2**-7, 1e-4
@@ -128,9 +129,9 @@ def text_tower(tensors: Tensors, family: Family, blocks: int | None = None) -> t
 def clip_files(folder: Path) -> list[Path]:
     """open_clip's two files of a folder: configuration and weights. Raises ConversionError."""
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    config = folder / "open_clip_config.json"
+    config = folder / CONFIG
     if weights is None or not config.is_file():
-        raise ConversionError(f"{folder} has no open_clip_config.json with one of {', '.join(WEIGHTS)} beside it")
+        raise ConversionError(f"{folder} has no {CONFIG} with one of {', '.join(WEIGHTS)} beside it")
     return [config, weights]
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from sdmodels.conversion.clip import Clip, Family
     from sdmodels.conversion.tensors import Tensors
 
-# UNets with other inputs than latents, timestep and text: by what the server would have to give them.
-OTHER_INPUTS = {5: "a depth map", 7: "a small image to enlarge", 8: "an image to edit", 9: "a mask and a masked image"}
+# What a UNet of 4 latent channels takes as further ones, by their number; and what no server of ours would give it.
+CONDITIONINGS = {0: "none", 1: "depth", 3: "upscaling", 5: "inpainting"}
+OTHER_INPUTS = {4: "an image to edit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,15 @@ class Component:
     """A module's configuration and its tensors under diffusers' names."""
 
     config: dict[str, Any]
+    tensors: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class DepthEstimator:
+    """A depth checkpoint's DPT: configurations of the module and of what it is shown, and its tensors."""
+
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
     tensors: Tensors
 
 
@@ -47,8 +57,16 @@ class Checkpoint:
     """The licence that its model card names, as the hub calls it, or nothing."""
     source_files: tuple[Path, ...]
     """The files that it was read from."""
+    depth_estimator: DepthEstimator | None = None
+    upscaling: dict[str, Any] | None = None
+    """Of upscalers, with the names of an engine's descriptor."""
     ignored: tuple[str, ...] = ()
     """What the source has beside them and an engine has no use for."""
+
+    @property
+    def conditioning(self) -> str:
+        """What the UNet takes beside noisy latents, in the words of an engine's descriptor."""
+        return CONDITIONINGS[_further_channels(self.unet, self.vae)]
 
     @property
     def downsampling(self) -> int:
@@ -77,12 +95,16 @@ def completed(module_class: type[UNet2DConditionModel | AutoencoderKL], config: 
 
 def component_problems(unet: Component, vae: Component) -> list[str]:
     """Names and shapes of tensors that are not those of the modules, and inputs that no server of ours would give."""
-    channels = unet.config["in_channels"]
-    if channels != vae.config["latent_channels"]:
-        what = OTHER_INPUTS.get(channels, "more than latents")
+    further = _further_channels(unet, vae)
+    if further not in CONDITIONINGS:
+        what = OTHER_INPUTS.get(further, "something that is not known here")
         raise ConversionError(
-            f"the UNet takes {channels} channels: it wants {what}, and this service does not serve such engines yet"
+            f"the UNet takes {unet.config['in_channels']} channels: beside latents it wants {what}, and this service "
+            "does not serve such engines yet"
         )
+    labels = unet.config.get("num_class_embeds") is not None, unet.config.get("class_embed_type") is not None
+    if labels != (CONDITIONINGS[further] == "upscaling", False):
+        raise ConversionError("the UNet takes labels or embeddings that no server of ours would give it")
     if not isinstance(unet.config.get("sample_size"), int):
         raise ConversionError("the UNet's config.json has no sample_size: the native size cannot be known")
     with torch.device("meta"):
@@ -95,6 +117,11 @@ def component_problems(unet: Component, vae: Component) -> list[str]:
         for name, component, module in modules
         for problem in shape_problems(name, component.tensors, shapes_of(module))
     ]
+
+
+def _further_channels(unet: Component, vae: Component) -> int:
+    channels: int = unet.config["in_channels"] - vae.config["latent_channels"]
+    return channels
 
 
 def _halved(levels: int) -> int:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdmodels import depth
 from sdmodels.conversion.clip import clip_files, whole_clip
 from sdmodels.conversion.diffusers_folder import read_diffusers_folder, source_files
 from sdmodels.conversion.errors import ConversionError
-from sdmodels.conversion.hub import REPOSITORY, Fetched, fetch
+from sdmodels.conversion.hub import REPOSITORY, Fetched, fetch, fetch_clip
 from sdmodels.conversion.original import read_original
 from sdmodels.conversion.writing import DTYPES, sha256, size_of, write_file, write_safetensors
 from sdmodels.weights import DIFFUSERS_WEIGHTS
@@ -43,7 +44,7 @@ class Options:
     dtype: str = "fp16"
     prediction_type: str | None = None
     clip: str | None = None
-    """Folder with open_clip's files of the whole CLIP, image tower and all."""
+    """Folder with open_clip's files of the whole CLIP, image tower and all, or a repository of the hub."""
     sha256: str | None = None
     """What the one file must have as its digest."""
     file: str = ""
@@ -63,7 +64,8 @@ def convert(options: Options, report: Report) -> dict[str, Any]:
     was made from the same sources and options; another one is never touched.
     """
     fetched = _located(options, report)
-    digests = _source_digests(fetched, options, report)
+    clip = _located_clip(options, report)
+    digests = _source_digests(fetched, clip, options, report)
     plan = _plan(digests, options)
     if options.existing_plan not in (None, plan):
         raise ConversionError(
@@ -80,7 +82,7 @@ def convert(options: Options, report: Report) -> dict[str, Any]:
             "plan": plan,
         },
     }
-    return facts | _written(checkpoint, options, plan, report)
+    return facts | _written(checkpoint, None if clip is None else clip.path, options, plan, report)
 
 
 def _located(options: Options, report: Report) -> Fetched:
@@ -98,21 +100,32 @@ def _located(options: Options, report: Report) -> Fetched:
     )
 
 
-def _source_digests(fetched: Fetched, options: Options, report: Report) -> dict[str, str]:
+def _located_clip(options: Options, report: Report) -> Fetched | None:
+    if options.clip is None:
+        return None
+    if Path(options.clip).exists():
+        return Fetched(Path(options.clip), "")
+    if not REPOSITORY.fullmatch(options.clip):
+        raise ConversionError(f"--clip {options.clip} does not exist, and is no repository such as owner/name")
+    return fetch_clip(options.clip, lambda file, done, total: report(_progress("fetching", file, done, total)))
+
+
+def _source_digests(fetched: Fetched, clip: Fetched | None, options: Options, report: Report) -> dict[str, str]:
     """SHA-256 of all files that the engine is made from; of the wrong ones it says so before they are looked into."""
     if fetched.path.is_dir():
         sources = {str(path.relative_to(fetched.path)): path for path in source_files(fetched.path, options.dtype)}
     else:
         sources = {fetched.path.name: fetched.path}
-    sources |= {f"clip/{path.name}": path for path in (clip_files(Path(options.clip)) if options.clip else ())}
+    sources |= {f"clip/{path.name}": path for path in (clip_files(clip.path) if clip else ())}
     digests = _digests(sources, report)
-    expected = {**fetched.digests}
+    expected = dict(fetched.digests)
     if options.sha256 is not None:
         if fetched.path.is_dir():
             raise ConversionError("--sha256 is of one file, and the checkpoint is a folder")
         expected = {fetched.path.name: options.sha256.lower()}
     # A single file of a repository may lie in a folder of it.
     expected = {name if name in digests else Path(name).name: digest for name, digest in expected.items()}
+    expected |= {f"clip/{name}": digest for name, digest in (clip.digests.items() if clip else ())}
     if wrong := [
         f"{name} is {digests[name]} and must be {digest}"
         for name, digest in expected.items()
@@ -154,6 +167,9 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family,
         "prediction_type": checkpoint.prediction_type,
         "noise_schedule": checkpoint.noise_schedule,
+        "conditioning": checkpoint.conditioning,
+        "upscaling": checkpoint.upscaling,
+        "estimates_depth": checkpoint.depth_estimator is not None,
         "latents": {"channels": checkpoint.vae.config["latent_channels"], "downsampling": checkpoint.downsampling},
         "text_encoder": {
             "context_length": text["context_length"],
@@ -169,10 +185,12 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _written(checkpoint: Checkpoint, options: Options, plan: str, report: Report) -> dict[str, Any]:
+def _written(
+    checkpoint: Checkpoint, clip_folder: Path | None, options: Options, plan: str, report: Report
+) -> dict[str, Any]:
     clip = checkpoint.clip
-    if options.clip:
-        clip, problems = whole_clip(Path(options.clip), clip)
+    if clip_folder:
+        clip, problems = whole_clip(clip_folder, clip)
         if problems:
             raise ConversionError(
                 f"{options.clip} is not the CLIP that the checkpoint was trained with: without --clip the engine does "
@@ -190,6 +208,10 @@ def _written(checkpoint: Checkpoint, options: Options, plan: str, report: Report
         "vae/config.json": checkpoint.vae.config,
         "clip/open_clip_config.json": clip.config,
     }
+    if (estimator := checkpoint.depth_estimator) is not None:
+        weights[f"{depth.FOLDER}/{depth.WEIGHTS}"] = estimator.tensors
+        configs[f"{depth.FOLDER}/config.json"] = estimator.config
+        configs[f"{depth.FOLDER}/{depth.PREPROCESSOR}"] = estimator.preprocessor
     total = sum(size_of(tensors, dtype) for tensors in weights.values())
     done = 0
     folder = Path(options.into)
@@ -218,7 +240,7 @@ def _written(checkpoint: Checkpoint, options: Options, plan: str, report: Report
         "files": files,
         "text_encoder": _facts(checkpoint)["text_encoder"] | {"layer": clip.layer},
         "image_tower": {"features": model["embed_dim"], "image_size": model["vision_cfg"]["image_size"]}
-        if options.clip
+        if clip_folder
         else None,
     }
 

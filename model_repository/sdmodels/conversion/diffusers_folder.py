@@ -13,9 +13,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from sdmodels.conversion.clip import from_transformers, text_tower
-from sdmodels.conversion.components import Checkpoint, Component, completed, component_problems
+from sdmodels.conversion.components import Checkpoint, Component, DepthEstimator, completed, component_problems
 from sdmodels.conversion.errors import ConversionError
-from sdmodels.conversion.tensors import read_tensors, shards
+from sdmodels.conversion.tensors import read_tensors, shape_problems, shapes_of, shards
+from sdmodels.depth import FOLDER as DEPTH_ESTIMATOR
+from sdmodels.depth import empty_estimator
 from sdmodels.vae import current_name
 from sdmodels.weights import read_config
 
@@ -24,8 +26,16 @@ if TYPE_CHECKING:
 
     from sdmodels.conversion.clip import Family
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionUpscalePipeline",
+)
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# Those that only some checkpoints have.
+OPTIONAL_COMPONENTS = {DEPTH_ESTIMATOR: "model"}
 CONFIGURATIONS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -33,6 +43,13 @@ CONFIGURATIONS = (
 )
 # What is read where it is there.
 OPTIONAL_FILES = ("README.md", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json")
+# Of an upscaler: the noise that the small image gets.
+LOW_RESOLUTION_SCHEDULER = "low_res_scheduler/scheduler_config.json"
+# Of a depth estimator, where there is one; the second is also that of a safety checker.
+DEPTH_FILES = (f"{DEPTH_ESTIMATOR}/config.json", "feature_extractor/preprocessor_config.json")
+# Where the pipeline's own default stands.
+MAX_NOISE_LEVEL = 350
+DPT = "DPTForDepthEstimation"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -42,7 +59,7 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
     configs = {name: read_config(folder / name) for name in CONFIGURATIONS}
     kind = configs["model_index.json"].get("_class_name")
     if kind not in PIPELINES:
-        raise ConversionError(f"{folder} is a {kind}; this service serves {PIPELINES[0]}s")
+        raise ConversionError(f"{folder} is a {kind}; this service serves {', '.join(PIPELINES)}")
     weights = {component: _weights_file(folder, component, dtype) for component in COMPONENTS}
     vae_tensors = read_tensors(weights["vae"])
     unet = Component(completed(UNet2DConditionModel, configs["unet/config.json"]), read_tensors(weights["unet"]))
@@ -54,6 +71,10 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
     family: Family = "1" if configs["text_encoder/config.json"].get("hidden_act") == "quick_gelu" else "2"
     clip, problems = text_tower(from_transformers(read_tensors(weights["text_encoder"])), family)
     problems += _tokenizer_problems(folder) + component_problems(unet, vae)
+    depth_estimator = None
+    if _has_depth_estimator(folder):
+        depth_estimator, found = _depth_estimator(folder, dtype)
+        problems += found
     if problems:
         raise ConversionError(f"{folder} is not a checkpoint that can be served", problems)
     scheduler = configs["scheduler/scheduler_config.json"]
@@ -67,6 +88,8 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
         _padding(folder, family),
         _license(folder),
         tuple(files),
+        depth_estimator,
+        _upscaling(folder, configs["model_index.json"]),
         tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_ignored(path.name))),
     )
 
@@ -76,7 +99,7 @@ def weights_names(names: Iterable[str], component: str, dtype: str) -> list[str]
 
     safetensors come before pickles, and the 16-bit variant first where 16 bits are wanted: rounding is the same.
     """
-    stem, names = COMPONENTS[component], set(names)
+    stem, names = (COMPONENTS | OPTIONAL_COMPONENTS)[component], set(names)
     variants = ("", ".fp16") if dtype == "fp32" else (".fp16", "")
     for suffix, stems in ((".safetensors", (stem,)), (".bin", (stem, "pytorch_model"))):
         for variant in variants:
@@ -98,8 +121,9 @@ def source_files(folder: Path, dtype: str) -> list[Path]:
     missing = [name for name in CONFIGURATIONS if not (folder / name).is_file()]
     if missing:
         raise ConversionError(f"{folder} is no checkpoint of diffusers", [f"{name} is missing" for name in missing])
-    files = [folder / name for name in (*CONFIGURATIONS, *OPTIONAL_FILES) if (folder / name).is_file()]
-    for component in COMPONENTS:
+    optional = (*OPTIONAL_FILES, LOW_RESOLUTION_SCHEDULER, *(DEPTH_FILES if _has_depth_estimator(folder) else ()))
+    files = [folder / name for name in (*CONFIGURATIONS, *optional) if (folder / name).is_file()]
+    for component in (*COMPONENTS, *(OPTIONAL_COMPONENTS if _has_depth_estimator(folder) else ())):
         path = _weights_file(folder, component, dtype)
         files += [path, *shards(path)] if path.suffix == ".json" else [path]
     return files
@@ -129,9 +153,49 @@ def _weights_file(folder: Path, component: str, dtype: str) -> Path:
     names = weights_names((path.name for path in (folder / component).iterdir()), component, dtype)
     if not names:
         raise ConversionError(
-            f"{folder / component} has no weights: {COMPONENTS[component]}.safetensors, or its shards"
+            f"{folder / component} has no weights: {(COMPONENTS | OPTIONAL_COMPONENTS)[component]}.safetensors, or its "
+            "shards"
         )
     return folder / component / names[0]
+
+
+def _upscaling(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
+    path = folder / LOW_RESOLUTION_SCHEDULER
+    if not path.is_file():
+        return None
+    return {
+        "noise_schedule": noise_schedule(read_config(path)),
+        "max_noise_level": index.get("max_noise_level", MAX_NOISE_LEVEL),
+    }
+
+
+def _has_depth_estimator(folder: Path) -> bool:
+    return (folder / DEPTH_FILES[0]).is_file()
+
+
+def _depth_estimator(folder: Path, dtype: str) -> tuple[DepthEstimator, list[str]]:
+    """It, and what is wrong with it."""
+    config, path = read_config(folder / DEPTH_FILES[0]), folder / DEPTH_FILES[1]
+    preprocessor = read_config(path) if path.is_file() else {}
+    if config.get("architectures", [DPT]) != [DPT] or preprocessor.get("keep_aspect_ratio"):
+        raise ConversionError(
+            f"{folder / DEPTH_ESTIMATOR} is no {DPT} that looks at squares, and this service knows no others: without "
+            "that folder the engine takes depth maps alone"
+        )
+    try:
+        module = empty_estimator(config)
+    except ModuleNotFoundError as error:
+        raise ConversionError(
+            f"estimating depths needs transformers, where Triton's models run, too: pip install 'sd-service[depth]'; "
+            f"without the folder {DEPTH_ESTIMATOR} the engine takes depth maps alone"
+        ) from error
+    tensors = {
+        name: tensor
+        for name, tensor in read_tensors(_weights_file(folder, DEPTH_ESTIMATOR, dtype)).items()
+        # Of other uses of the same module.
+        if not name.startswith("dpt.pooler.")
+    }
+    return DepthEstimator(config, preprocessor, tensors), shape_problems(DEPTH_ESTIMATOR, tensors, shapes_of(module))
 
 
 def _prediction_type(name: str) -> str:
@@ -170,4 +234,5 @@ def _license(folder: Path) -> str:
 
 
 def _is_ignored(name: str) -> bool:
-    return name not in (*COMPONENTS, "scheduler", "tokenizer") and not name.startswith(".")
+    used = (*COMPONENTS, *OPTIONAL_COMPONENTS, "scheduler", "low_res_scheduler", "tokenizer")
+    return name not in used and not name.startswith(".")

@@ -34,6 +34,11 @@ NOISE_SCHEDULE = {
     "rescale_zero_terminal_snr": False,
 }
 SCALING_FACTOR = 0.18215
+# Of the x4 upscaler: both its own noise and that of the image that it enlarges.
+UPSCALING_NOISE = {"beta_start": 0.0001, "beta_end": 0.02}
+UPSCALING_MAX_NOISE_LEVEL = 350
+UPSCALING_SCALING_FACTOR = 0.08333
+UPSCALING_NATIVE_SIZE = 512
 HEADS = 8
 HEAD_WIDTH = 64
 NATIVE_SIZES = {"epsilon": 512, "v_prediction": 768}
@@ -49,11 +54,17 @@ def read_original(path: Path, prediction_type: str | None) -> Checkpoint:
     unet_tensors = _averaged(tensors)
     # Known before the shapes are looked at: a family that is ambiguous is so whatever else is wrong.
     prediction_type = prediction_type or _prediction_type(path, family)
-    sample_size = NATIVE_SIZES["epsilon" if family == "1" else prediction_type] // 8
+    upscales = "label_emb.weight" in unet_tensors
+    native_size = NATIVE_SIZES["epsilon" if family == "1" else prediction_type]
+    if upscales:
+        native_size = UPSCALING_NATIVE_SIZE
     try:
-        unet_config = unet_configuration(unet_tensors, sample_size)
         vae_tensors = _below(tensors, VAE, without=("loss.", "model_ema."))
-        vae_config = vae_configuration(vae_tensors, sample_size * 8)
+        vae_config = vae_configuration(
+            vae_tensors, native_size, UPSCALING_SCALING_FACTOR if upscales else SCALING_FACTOR
+        )
+        downsampling = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        unet_config = unet_configuration(unet_tensors, native_size // downsampling)
     except KeyError as error:
         raise ConversionError(f"{path} is no checkpoint of Stable Diffusion 1.x or 2.x: {error} is missing") from error
     unet = Component(
@@ -70,17 +81,20 @@ def read_original(path: Path, prediction_type: str | None) -> Checkpoint:
     problems += component_problems(unet, vae)
     if problems:
         raise ConversionError(f"{path} is not a checkpoint that can be served", problems)
+    noise_schedule = NOISE_SCHEDULE | (UPSCALING_NOISE if upscales else {})
+    upscaling = {"noise_schedule": noise_schedule, "max_noise_level": UPSCALING_MAX_NOISE_LEVEL}
     return Checkpoint(
         family,
         unet,
         vae,
         clip,
         prediction_type,
-        NOISE_SCHEDULE,
+        noise_schedule,
         "end" if family == "1" else "zero",
         "",
         (path,),
-        _others(tensors),
+        upscaling=upscaling if upscales else None,
+        ignored=_others(tensors),
     )
 
 
@@ -104,8 +118,14 @@ def unet_configuration(tensors: Tensors, sample_size: int) -> dict[str, Any]:
     context = tensors[attended].shape[1]
     # 2.x has linear projections and 64 channels a head, 1.x convolutions and 8 heads at every width.
     linear = tensors["middle_block.1.proj_in.weight"].ndim == 2
-    if any(name.startswith("label_emb.") for name in tensors):
-        raise ConversionError("the UNet takes labels: this service does not serve upscalers and unCLIP yet")
+    if "label_emb.0.0.weight" in tensors:
+        raise ConversionError("the UNet takes embeddings of images: this service does not serve unCLIP")
+    # The upscaler's levels attend to the text alone, and it has 8 heads at every width.
+    alone = [_attends_to_the_text_alone(tensors, 1 + level * (layers + 1), context) for level in range(len(channels))]
+    upscaling: dict[str, Any] = {}
+    if "label_emb.weight" in tensors:
+        labels = tensors["label_emb.weight"].shape[0]
+        upscaling = {"num_class_embeds": labels, "only_cross_attention": alone, "attention_head_dim": HEADS}
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -120,10 +140,17 @@ def unet_configuration(tensors: Tensors, sample_size: int) -> dict[str, Any]:
         "use_linear_projection": linear,
         # 2.1's attention leaves the range of fp16 otherwise.
         "upcast_attention": linear,
+        **upscaling,
     }
 
 
-def vae_configuration(tensors: Tensors, sample_size: int) -> dict[str, Any]:
+def _attends_to_the_text_alone(tensors: Tensors, block: int, context: int) -> bool:
+    keys = tensors.get(f"input_blocks.{block}.1.transformer_blocks.0.attn1.to_k.weight")
+    # A level without attention is counted to those that do, as diffusers has it.
+    return keys is None or (keys.shape[1] == context and keys.shape[0] != context)
+
+
+def vae_configuration(tensors: Tensors, sample_size: int, scaling_factor: float = SCALING_FACTOR) -> dict[str, Any]:
     """diffusers' configuration of an autoencoder from the shapes under its original names. Raises KeyError."""
     channels: list[int] = []
     while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
@@ -139,7 +166,7 @@ def vae_configuration(tensors: Tensors, sample_size: int) -> dict[str, Any]:
         "block_out_channels": channels,
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "layers_per_block": layers,
-        "scaling_factor": SCALING_FACTOR,
+        "scaling_factor": scaling_factor,
     }
 
 
@@ -209,10 +236,11 @@ def _said_by_yaml(path: Path) -> str | None:
 
 
 def _said_by_name(path: Path) -> str | None:
-    """The publisher's own file names: v2-1_768-ema-pruned, 768-v-ema, v2-1_512-ema-pruned, 512-base-ema."""
-    if re.match(r"(v2-1_768|768-v)-", path.name):
+    """The publisher's own file names: v2-1_768-ema-pruned, 768-v-ema, x4-upscaler-ema, v2-1_512-ema-pruned,
+    512-base-ema, 512-inpainting-ema, 512-depth-ema."""
+    if re.match(r"(v2-1_768|768-v|x4-upscaler)-", path.name):
         return "v_prediction"
-    if re.match(r"(v2-1_512|512-base)-", path.name):
+    if re.match(r"(v2-1_512|512-base|512-inpainting|512-depth)-", path.name):
         return "epsilon"
     return None
 

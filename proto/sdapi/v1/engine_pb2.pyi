@@ -8,6 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Conditioning(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONDITIONING_UNSPECIFIED: _ClassVar[Conditioning]
+    CONDITIONING_NONE: _ClassVar[Conditioning]
+    CONDITIONING_INPAINTING: _ClassVar[Conditioning]
+    CONDITIONING_DEPTH: _ClassVar[Conditioning]
+    CONDITIONING_UPSCALING: _ClassVar[Conditioning]
+
 class SafetyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SAFETY_MODE_UNSPECIFIED: _ClassVar[SafetyMode]
@@ -15,6 +23,11 @@ class SafetyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SAFETY_MODE_FLAG: _ClassVar[SafetyMode]
     SAFETY_MODE_BLUR: _ClassVar[SafetyMode]
     SAFETY_MODE_BLOCK: _ClassVar[SafetyMode]
+CONDITIONING_UNSPECIFIED: Conditioning
+CONDITIONING_NONE: Conditioning
+CONDITIONING_INPAINTING: Conditioning
+CONDITIONING_DEPTH: Conditioning
+CONDITIONING_UPSCALING: Conditioning
 SAFETY_MODE_UNSPECIFIED: SafetyMode
 SAFETY_MODE_OFF: SafetyMode
 SAFETY_MODE_FLAG: SafetyMode
@@ -22,7 +35,7 @@ SAFETY_MODE_BLUR: SafetyMode
 SAFETY_MODE_BLOCK: SafetyMode
 
 class Engine(_message.Message):
-    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "loras")
+    __slots__ = ("id", "name", "description", "ready", "digest", "native_width", "native_height", "limits", "defaults", "samplers", "schedules", "media_types", "license", "eta_samplers", "churn_samplers", "image_to_image", "clip_guidance", "windows", "safety_mode", "block_cache", "loras", "conditioning", "estimates_depth", "upscaling")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +57,9 @@ class Engine(_message.Message):
     SAFETY_MODE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_CACHE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATES_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    UPSCALING_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     description: str
@@ -65,7 +81,18 @@ class Engine(_message.Message):
     safety_mode: SafetyMode
     block_cache: bool
     loras: _containers.RepeatedCompositeFieldContainer[LoraInfo]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[LoraInfo, _Mapping]]] = ...) -> None: ...
+    conditioning: Conditioning
+    estimates_depth: bool
+    upscaling: UpscalingSupport
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., description: _Optional[str] = ..., ready: _Optional[bool] = ..., digest: _Optional[str] = ..., native_width: _Optional[int] = ..., native_height: _Optional[int] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., defaults: _Optional[_Union[EngineDefaults, _Mapping]] = ..., samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., schedules: _Optional[_Iterable[_Union[_sampling_pb2.Schedule, str]]] = ..., media_types: _Optional[_Iterable[str]] = ..., license: _Optional[_Union[License, _Mapping]] = ..., eta_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., churn_samplers: _Optional[_Iterable[_Union[_sampling_pb2.Sampler, str]]] = ..., image_to_image: _Optional[bool] = ..., clip_guidance: _Optional[_Union[ClipGuidanceSupport, _Mapping]] = ..., windows: _Optional[_Union[WindowDefaults, _Mapping]] = ..., safety_mode: _Optional[_Union[SafetyMode, str]] = ..., block_cache: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[LoraInfo, _Mapping]]] = ..., conditioning: _Optional[_Union[Conditioning, str]] = ..., estimates_depth: _Optional[bool] = ..., upscaling: _Optional[_Union[UpscalingSupport, _Mapping]] = ...) -> None: ...
+
+class UpscalingSupport(_message.Message):
+    __slots__ = ("factor", "max_noise_level")
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    MAX_NOISE_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    factor: int
+    max_noise_level: int
+    def __init__(self, factor: _Optional[int] = ..., max_noise_level: _Optional[int] = ...) -> None: ...
 
 class LoraInfo(_message.Message):
     __slots__ = ("name", "title", "description", "trigger_words", "license", "sha256", "text_encoder")

@@ -46,7 +46,7 @@ SAFETY_OUTCOME_BLURRED: SafetyOutcome
 SAFETY_OUTCOME_BLOCKED: SafetyOutcome
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds", "outpaint", "variation", "two_pass", "windows", "tile_x", "tile_y", "block_cache", "loras")
+    __slots__ = ("request_id", "engine", "prompts", "blending", "width", "height", "steps", "sampler", "schedule", "seed", "image_count", "guidance_scale", "guidance_interval", "clip_guidance", "init_image", "mask", "output", "preview", "eta", "churn", "guidance_rescale", "seeds", "outpaint", "variation", "two_pass", "windows", "tile_x", "tile_y", "block_cache", "loras", "depth_map", "upscale")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,8 @@ class GenerateRequest(_message.Message):
     TILE_Y_FIELD_NUMBER: _ClassVar[int]
     BLOCK_CACHE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_MAP_FIELD_NUMBER: _ClassVar[int]
+    UPSCALE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     engine: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
@@ -107,7 +109,9 @@ class GenerateRequest(_message.Message):
     tile_y: bool
     block_cache: BlockCache
     loras: _containers.RepeatedCompositeFieldContainer[Lora]
-    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., outpaint: _Optional[_Union[Outpaint, _Mapping]] = ..., variation: _Optional[_Union[Variation, _Mapping]] = ..., two_pass: _Optional[_Union[TwoPass, _Mapping]] = ..., windows: _Optional[_Union[Windows, _Mapping]] = ..., tile_x: _Optional[bool] = ..., tile_y: _Optional[bool] = ..., block_cache: _Optional[_Union[BlockCache, _Mapping]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ...) -> None: ...
+    depth_map: DepthMap
+    upscale: Upscale
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., blending: _Optional[_Union[Blending, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., sampler: _Optional[_Union[_sampling_pb2.Sampler, str]] = ..., schedule: _Optional[_Union[_sampling_pb2.Schedule, str]] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., guidance_interval: _Optional[_Union[GuidanceInterval, _Mapping]] = ..., clip_guidance: _Optional[_Union[ClipGuidance, _Mapping]] = ..., init_image: _Optional[_Union[InitImage, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., preview: _Optional[_Union[PreviewOptions, _Mapping]] = ..., eta: _Optional[float] = ..., churn: _Optional[float] = ..., guidance_rescale: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., outpaint: _Optional[_Union[Outpaint, _Mapping]] = ..., variation: _Optional[_Union[Variation, _Mapping]] = ..., two_pass: _Optional[_Union[TwoPass, _Mapping]] = ..., windows: _Optional[_Union[Windows, _Mapping]] = ..., tile_x: _Optional[bool] = ..., tile_y: _Optional[bool] = ..., block_cache: _Optional[_Union[BlockCache, _Mapping]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ..., depth_map: _Optional[_Union[DepthMap, _Mapping]] = ..., upscale: _Optional[_Union[Upscale, _Mapping]] = ...) -> None: ...
 
 class Lora(_message.Message):
     __slots__ = ("name", "weight", "sha256")
@@ -178,6 +182,22 @@ class InitImage(_message.Message):
     fit: Fit
     sha256: str
     def __init__(self, data: _Optional[bytes] = ..., strength: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class Upscale(_message.Message):
+    __slots__ = ("noise_level",)
+    NOISE_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    noise_level: int
+    def __init__(self, noise_level: _Optional[int] = ...) -> None: ...
+
+class DepthMap(_message.Message):
+    __slots__ = ("data", "sha256", "fit")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    sha256: str
+    fit: Fit
+    def __init__(self, data: _Optional[bytes] = ..., sha256: _Optional[str] = ..., fit: _Optional[_Union[Fit, str]] = ...) -> None: ...
 
 class Mask(_message.Message):
     __slots__ = ("data", "feather", "sha256")

@@ -46,7 +46,10 @@ class Backend(Protocol):
         ...
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
-        """[B, C, h, w] UNet predictions for latents [B, C, h, w], timesteps [B], text states [B, tokens, width]."""
+        """[B, C, h, w] UNet predictions for latents [B, U, h, w], timesteps [B], text states [B, tokens, width].
+
+        U is `engine.unet_channels`: those of the conditioning come after the C of the noisy latents.
+        """
         ...
 
     async def predict_with_features(
@@ -86,7 +89,15 @@ class Backend(Protocol):
     async def encode_image(self, engine: Engine, pixels: Pixels) -> Floats:
         """[B, C, h, w] latents, in the UNet's scale, of pixels [B, H, W, 3]; only where the engine has `vae_encoder`.
 
-        The mean of the posterior: the same pixels have the same latents.
+        The mean of the posterior: the same pixels have the same latents. Inpainting engines take pixels [B, H, W, 4],
+        too: of those that are transparent, in the fourth channel, they see neither colour nor brightness.
+        """
+        ...
+
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        """[B, h, w] how near everything is, of no scale, at the model's resolution, in pixels [B, H, W, 3].
+
+        Only where the engine has `depth_estimator`.
         """
         ...
 
@@ -107,7 +118,8 @@ class Backend(Protocol):
     async def unet_gradient(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats, gradients: Floats
     ) -> Floats:
-        """[B, C, h, w] gradients by the latents from those by the predictions of `predict`, `gradients` [B, C, h, w].
+        """[B, C, h, w] gradients by the noisy latents from those by the predictions of `predict`, `gradients`
+        [B, C, h, w].
 
         Only where the engine has `unet_gradient`.
         """

@@ -14,12 +14,14 @@ from sdserver.backends import EncodedText
 from sdserver.engines import LORA_ROLE
 from sdserver.errors import GenerationFailed, Unavailable
 from sdserver.lora_rows import lora_arrays
+from sdserver.triton_models import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from sdmodels.clip_guidance import ClipGuidance
+    from sdmodels.depth import DepthEstimator
     from sdmodels.runtimes import Predict, PredictCached
     from sdmodels.safety import SafetyClassifier
     from sdmodels.text_encoder import TextEncoder
@@ -47,16 +49,21 @@ class _Models:
     clip_guidance: ClipGuidance | None
     unet_gradient: UNetGradient | None
     unet_cache: PredictCached | None
+    depth_estimator: DepthEstimator | None
     unet_lora: UNetLora | None
 
 
 class InProcessBackend:
-    """The same model code that Triton runs, one call at a time in a thread of its own."""
+    """The same model code that Triton runs, one call at a time in a thread of its own.
+
+    Of what `config.pbtxt` says, the UNet's precision and runtime and the decoder's precision hold here, too.
+    """
 
     def __init__(self, catalog: Catalog, model_repository: Path, safety_model: SafetyModel | None = None) -> None:
         # Spinning threads would starve the event loop of its core. OpenMP reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="models")
+        self._repository = model_repository
         self._engines = model_repository / "engines"
         self._models: dict[str, _Models] = {}
         self._safety_model = safety_model
@@ -118,6 +125,11 @@ class InProcessBackend:
         assert vae_encoder is not None
         return await self._run(engine, "vae_encoder", vae_encoder, pixels)
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        depth_estimator = self._loaded(engine).depth_estimator
+        assert depth_estimator is not None
+        return await self._run(engine, "depth_estimator", depth_estimator, pixels)
+
     async def classify(self, pictures: Pixels) -> Floats:
         assert self._safety_model is not None
         if self._classifier is None:
@@ -175,6 +187,8 @@ class InProcessBackend:
             # Imported here: only this backend may bring torch into the server.
             from sdmodels.clip_guidance import ClipGuidance
             from sdmodels.cores import physical_cores
+            from sdmodels.depth import DepthEstimator
+            from sdmodels.precision import chosen, decoder_precision
             from sdmodels.runtimes import load_unet, load_unet_cache, load_unet_lora
             from sdmodels.text_encoder import TextEncoder
             from sdmodels.unet_gradient import UNetGradient
@@ -182,16 +196,25 @@ class InProcessBackend:
 
             self._models[engine.id] = _Models(
                 TextEncoder(folder),
-                load_unet(folder, physical_cores()),
-                VaeDecoder(folder),
+                load_unet(folder, physical_cores(), *self._options(engine, "unet")),
+                VaeDecoder(folder, precision=chosen(self._options(engine, "vae_decoder")[1], "cpu", decoder_precision)),
                 VaeEncoder(folder) if "vae_encoder" in engine.optional_roles else None,
                 ClipGuidance(folder) if "clip_guidance" in engine.optional_roles else None,
                 UNetGradient(folder) if "unet_gradient" in engine.optional_roles else None,
-                load_unet_cache(folder, physical_cores()) if "unet_cache" in engine.optional_roles else None,
+                load_unet_cache(folder, physical_cores(), *self._options(engine, "unet_cache"))
+                if "unet_cache" in engine.optional_roles
+                else None,
+                DepthEstimator(folder) if "depth_estimator" in engine.optional_roles else None,
                 load_unet_lora(folder, physical_cores()) if LORA_ROLE in engine.roles else None,
             )
         except Exception:
             log.exception("engine could not be loaded", engine=engine.id)
+
+    def _options(self, engine: Engine, role: str) -> tuple[str, str]:
+        """Runtime and precision of a model."""
+        path = self._repository / engine.model(role) / "config.pbtxt"
+        said = parameters(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return said.get("runtime", ""), said.get("precision", "")
 
     def _load_loras(self, engine: Engine, models: _Models) -> None:
         """Adds to an engine's models what its first LoRA needs."""

@@ -60,6 +60,10 @@ class ObservedBackend:
         with self._observer.model(engine.id, "vae_encoder", len(pixels)):
             return await self._backend.encode_image(engine, pixels)
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        with self._observer.model(engine.id, "depth_estimator", len(pixels)):
+            return await self._backend.estimate_depth(engine, pixels)
+
     async def classify(self, pictures: Pixels) -> Floats:
         with self._observer.model("", "safety", len(pictures)):
             return await self._backend.classify(pictures)

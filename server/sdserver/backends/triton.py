@@ -89,14 +89,15 @@ class TritonBackend:
 
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
-        return await self._mapped(engine.model("unet"), inputs, "prediction", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet"), inputs, "prediction", shape, np.float32)
 
     async def predict_with_features(
         self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats
     ) -> Floats:
         assert engine.block_cache is not None
         inputs = {"latents": latents, "timestep": timesteps[:, None], "text_states": text_states}
-        rows, channels, height, width = latents.shape
+        rows, channels, height, width = _like_latents(engine, latents)
         shape = rows, channels + engine.block_cache.channels, height, width
         return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
 
@@ -109,7 +110,8 @@ class TritonBackend:
             "text_states": text_states,
             "features": features,
         }
-        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet_cache"), inputs, "prediction", shape, np.float32)
 
     async def predict_with_loras(
         self,
@@ -141,6 +143,10 @@ class TritonBackend:
         shape = rows, engine.latents.channels, height // scale, width // scale
         return await self._mapped(engine.model("vae_encoder"), {"image": pixels}, "latents", shape, np.float32)
 
+    async def estimate_depth(self, engine: Engine, pixels: Pixels) -> Floats:
+        (depths,) = await self._infer(engine.model("depth_estimator"), {"image": pixels}, ("depth",))
+        return depths
+
     async def classify(self, pictures: Pixels) -> Floats:
         (model,) = self._safety_models
         (scores,) = await self._infer(model, {"image": pictures}, ("score",))
@@ -166,7 +172,8 @@ class TritonBackend:
             "text_states": text_states,
             "gradient": gradients,
         }
-        return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", latents.shape, np.float32)
+        shape = _like_latents(engine, latents)
+        return await self._mapped(engine.model("unet_gradient"), inputs, "latent_gradient", shape, np.float32)
 
     async def load(self, engine: Engine) -> None:
         # Triton would load again what it has.
@@ -306,3 +313,9 @@ class TritonBackend:
             log.error("model could not be loaded again", model=model, error=str(error))
         finally:
             del self._reloads[model]
+
+
+def _like_latents(engine: Engine, unet_latents: Floats) -> tuple[int, int, int, int]:
+    """The shape of an output that has the channels of latents, for latents with those of the conditioning."""
+    rows, _, height, width = unet_latents.shape
+    return rows, engine.latents.channels, height, width

@@ -29,10 +29,12 @@ class Call:
 class Gpu:
     """A Triton: one call at a time, in order. UNet calls of a shape that wait run together, as far as they fit."""
 
-    def __init__(self, clock: Clock, most_rows: int, outcome: Outcome) -> None:
+    def __init__(self, clock: Clock, most_rows: int, outcome: Outcome, slowness: Callable[[float], float]) -> None:
+        """`slowness` says how many times longer calls take that begin at a time."""
         self._clock = clock
         self._most_rows = most_rows
         self._outcome = outcome
+        self._slowness = slowness
         self._waiting: deque[Call] = deque()
         self._runs = False
 
@@ -52,7 +54,7 @@ class Gpu:
             together.append(other)
             rows += other.rows
             self._waiting.remove(other)
-        seconds = first.seconds(rows)
+        seconds = first.seconds(rows) * self._slowness(self._clock.now)
         self._outcome.busy += seconds
         self._runs = True
         self._clock.after(seconds, partial(self._ended, together))

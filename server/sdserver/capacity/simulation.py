@@ -22,17 +22,26 @@ from sdserver.capacity.outcome import Costs, Outcome, Pool
 from sdserver.capacity.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from sdserver.capacity.workload import Work
 
 
 def simulate(
-    arrivals: Iterable[tuple[float, Work]], pool: Pool, costs: Costs, *, warm_up: int = 0, seed: int = 0
+    arrivals: Iterable[tuple[float, Work]],
+    pool: Pool,
+    costs: Costs,
+    *,
+    warm_up: int = 0,
+    seed: int = 0,
+    slowness: Callable[[float], float] = lambda now: 1.0,
 ) -> Outcome:
-    """Serves requests to their end; the first `warm_up` of them do not count."""
+    """Serves requests to their end; the first `warm_up` of them do not count.
+
+    Calls that begin at a time take `slowness` of it times what they cost: a machine that does other things, too.
+    """
     clock, outcome, generator = Clock(), Outcome(gpus=pool.gpus), random.Random(seed)
-    gpus = [Gpu(clock, costs.engine.max_batch_rows, outcome) for _ in range(pool.gpus)]
+    gpus = [Gpu(clock, costs.engine.max_batch_rows, outcome, slowness) for _ in range(pool.gpus)]
     servers = [Server(clock, gpus, number, pool, costs, outcome) for number in range(pool.servers)]
     for number, (time, work) in enumerate(arrivals):
         if number == warm_up:

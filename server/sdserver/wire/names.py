@@ -30,6 +30,7 @@ class Names:
 
 SAMPLER_NAMES = Names(sampling_pb2.Sampler, "SAMPLER_")
 SCHEDULE_NAMES = Names(sampling_pb2.Schedule, "SCHEDULE_")
+CONDITIONING_NAMES = Names(engine_pb2.Conditioning, "CONDITIONING_")
 FIT_NAMES = Names(generation_pb2.Fit, "FIT_")
 SAFETY_MODE_NAMES = Names(engine_pb2.SafetyMode, "SAFETY_MODE_")
 SAFETY_OUTCOME_NAMES = Names(generation_pb2.SafetyOutcome, "SAFETY_OUTCOME_")

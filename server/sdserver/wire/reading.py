@@ -34,6 +34,8 @@ MAX_CHURN = 100.0
 
 DEFAULT_PREVIEW_STEPS = 5
 DEFAULT_BLOCK_CACHE_INTERVAL = 2
+# That of diffusers' pipeline.
+DEFAULT_NOISE_LEVEL = 20
 
 # What needs an engine's `vae_encoder`.
 IMAGE_TO_IMAGE = ("init_image", "mask", "outpaint", "two_pass")
@@ -58,8 +60,13 @@ def to_request(
             f"no engine {message.engine[:64]!r}; this server has {', '.join(engine.id for engine in catalog)}"
         )
     for field in IMAGE_TO_IMAGE if "vae_encoder" not in engine.optional_roles else ():
-        if message.HasField(field):
-            raise NotSupported(f"engine {engine.id} takes no images; leave {field} out", field=field)
+        # An upscaler is shown its image as it is.
+        if message.HasField(field) and (field != "init_image" or engine.upscaling is None):
+            raise NotSupported(f"engine {engine.id} does not repaint images; leave {field} out", field=field)
+    if message.HasField("upscale") and engine.upscaling is None:
+        raise NotSupported(f"engine {engine.id} does not enlarge images; leave upscale out", field="upscale")
+    if message.HasField("depth_map") and engine.conditioning != "depth":
+        raise NotSupported(f"engine {engine.id} takes no depth maps; leave depth_map out", field="depth_map")
     request = _Reader(message, request_id, engine, block_list).read()
     if request.preview_every_steps is not None and engine.preview_map is None:
         raise NotSupported(f"engine {engine.id} has no previews; leave preview out", field="preview")
@@ -132,6 +139,8 @@ class _Reader:
             windows=read_windows(message, self._engine, self._violations),
             tile_x=message.tile_x,
             tile_y=message.tile_y,
+            noise_level=self._noise_level(),
+            depth_map=image_fields.depth_map(width, height),
             # The last: it fits pictures only if nothing is wrong so far.
             init_image=image_fields.init_image(width, height),
         )
@@ -300,6 +309,16 @@ class _Reader:
                 "one of them out"
             )
         return interval
+
+    def _noise_level(self) -> int | None:
+        upscaling, given = self._engine.upscaling, self._message.upscale
+        if upscaling is None:
+            return None
+        most = upscaling.max_noise_level
+        level = given.noise_level if given.HasField("noise_level") else min(DEFAULT_NOISE_LEVEL, most)
+        if not 0 <= level <= most:
+            self._violations["upscale.noise_level"] = f"{level} is not an integer from 0 to {most}"
+        return level
 
     def _output(self) -> Output:
         output = self._message.output

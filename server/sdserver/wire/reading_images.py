@@ -8,10 +8,10 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
-from sdserver.canvas import FITS, Outpaint, canvas, default_size
+from sdserver.canvas import FITS, Canvas, Outpaint, canvas, default_size, fitted_map
 from sdserver.noise import MAX_SEED
-from sdserver.pictures import UnreadablePicture, read_colour, read_grey
-from sdserver.request import InitImage, Mask, TwoPass, Variation
+from sdserver.pictures import UnreadablePicture, read_colour, read_depth, read_grey
+from sdserver.request import DepthMap, InitImage, Mask, TwoPass, Variation
 from sdserver.wire.names import FIT_NAMES
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ImageFields:
         self._violations = violations
         self._picture: Image | None = None
         self._mask: Image | None = None
+        self._depths: Image | None = None
         for field in ("mask", "outpaint"):
             if message.HasField(field) and not message.HasField("init_image"):
                 violations[field] = "needs init_image, the image that it is about; leave it out or send that, too"
@@ -47,6 +48,12 @@ class ImageFields:
             self._picture = self._read("init_image", message.init_image, read_colour)
             if message.HasField("mask"):
                 self._mask = self._read("mask", message.mask, read_grey)
+        if message.HasField("depth_map"):
+            self._depths = self._read("depth_map", message.depth_map, read_depth)
+        elif engine.conditioning == "depth":
+            self._check_depth_is_known()
+        if engine.upscaling is not None:
+            self._check_image_to_enlarge()
         self.outpaint = self._outpaint()
 
     def default_size(self) -> tuple[int, int]:
@@ -55,14 +62,14 @@ class ImageFields:
         if self._picture is None:
             return defaults.width, defaults.height
         outpaint = self.outpaint or Outpaint()
-        picture = self._picture
-        width, height = default_size(picture.width, picture.height, outpaint, limits.max_size, limits.max_pixels)
+        across, down = (side * self._factor for side in self._picture.size)
+        width, height = default_size(across, down, outpaint, limits.max_size, limits.max_pixels)
         if message.HasField("width") and not message.HasField("height"):
-            scale = max(message.width - outpaint.across, 1) / picture.width
-            height = min(round(picture.height * scale) + outpaint.down, limits.max_pixels // max(message.width, 1))
+            scale = max(message.width - outpaint.across, 1) / across
+            height = min(round(down * scale) + outpaint.down, limits.max_pixels // max(message.width, 1))
         elif message.HasField("height") and not message.HasField("width"):
-            scale = max(message.height - outpaint.down, 1) / picture.height
-            width = min(round(picture.width * scale) + outpaint.across, limits.max_pixels // max(message.height, 1))
+            scale = max(message.height - outpaint.down, 1) / down
+            width = min(round(across * scale) + outpaint.across, limits.max_pixels // max(message.height, 1))
         within = (min(max(size, limits.min_size), limits.max_size) for size in (width, height))
         return next(within), next(within)
 
@@ -73,7 +80,7 @@ class ImageFields:
         """
         field, picture = self._message.init_image, self._picture
         strength = self._share("init_image.strength", field.strength if field.HasField("strength") else None)
-        fit = self._fit(field.fit)
+        fit = self._fit("init_image.fit", field.fit)
         mask = self.mask()
         outpaint = self.outpaint or Outpaint()
         wrong = any(path.startswith(("outpaint", "width", "height")) for path in self._violations)
@@ -86,7 +93,11 @@ class ImageFields:
         if self._violations or picture is None:
             return None
         feather = DEFAULT_FEATHER if mask is None else mask.feather
-        fitted = canvas(picture, self._mask, width, height, outpaint, fit, feather)
+        factor = self._factor
+        # An upscaler's has as many pixels as the latents have places; the last ones may lie beyond the result.
+        fitted = canvas(picture, self._mask, -(-width // factor), -(-height // factor), outpaint, fit, feather)
+        if self._engine.upscaling is not None:
+            return InitImage(_sha256(field.data), 1.0, fit, Canvas(fitted.pixels, None))
         if strength is None:
             strength = DEFAULT_STRENGTH if fitted.repaint is None else 1.0
         return InitImage(_sha256(field.data), strength, fit, fitted)
@@ -100,6 +111,36 @@ class ImageFields:
         if not 0 <= feather <= MAX_FEATHER:
             self._violations["mask.feather"] = f"{feather:g} is not a number of pixels from 0 to {MAX_FEATHER:g}"
         return Mask(_sha256(field.data), feather)
+
+    def depth_map(self, width: int, height: int) -> DepthMap | None:
+        """The depth map of a result of that size; None if there is none, or anything is wrong with the request."""
+        if not self._message.HasField("depth_map"):
+            return None
+        field = self._message.depth_map
+        fit = self._fit("depth_map.fit", field.fit)
+        if self._violations or self._depths is None:
+            return None
+        return DepthMap(_sha256(field.data), fit, fitted_map(self._depths, width, height, fit))
+
+    @property
+    def _factor(self) -> int:
+        """Pixels of the result, in each direction, for one of the initial image."""
+        return 1 if self._engine.upscaling is None else self._engine.latents.downsampling
+
+    def _check_image_to_enlarge(self) -> None:
+        if not self._message.HasField("init_image"):
+            self._violations["init_image"] = f"engine {self._engine.id} enlarges images and needs one; send it"
+        elif self._message.init_image.HasField("strength") and self._message.init_image.strength != 1:
+            self._violations["init_image.strength"] = (
+                f"engine {self._engine.id} enlarges images, and runs the whole schedule on them; leave strength out"
+            )
+
+    def _check_depth_is_known(self) -> None:
+        estimates = "depth_estimator" in self._engine.optional_roles
+        if not estimates or not self._message.HasField("init_image"):
+            self._violations["depth_map"] = f"engine {self._engine.id} needs one; send it" + (
+                ", or init_image, of which it is then estimated" if estimates else ""
+            )
 
     def variation(self, image_count: int) -> Variation | None:
         """The variation, of so many images."""
@@ -149,7 +190,7 @@ class ImageFields:
     def _read(
         self,
         name: str,
-        field: generation_pb2.InitImage | generation_pb2.Mask,
+        field: generation_pb2.InitImage | generation_pb2.Mask | generation_pb2.DepthMap,
         read: Callable[[bytes, int, int], Image],
     ) -> Image | None:
         limits = self._engine.limits
@@ -180,11 +221,11 @@ class ImageFields:
                 self._violations[f"outpaint.{name}"] = f"{margin} is not an integer from 0 to {most - 1}"
         return Outpaint(**{name: min(max(margin, 0), most - 1) for name, margin in margins.items()})
 
-    def _fit(self, number: int) -> Fit:
+    def _fit(self, path: str, number: int) -> Fit:
         name = FITS[0] if number == 0 else FIT_NAMES.name(number)
         fit = next((fit for fit in FITS if fit == name), None)
         if fit is None:
-            self._violations["init_image.fit"] = f"{number} is not known to this server; one of {', '.join(FITS)}"
+            self._violations[path] = f"{number} is not known to this server; one of {', '.join(FITS)}"
             return FITS[0]
         return fit
 

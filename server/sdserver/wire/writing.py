@@ -15,6 +15,7 @@ from sdserver.request import Accepted, Finished, Image, Preview, Progress
 from sdserver.samplers import SAMPLERS, samplers_with
 from sdserver.wire.names import (
     BLENDING_NAMES,
+    CONDITIONING_NAMES,
     FIT_NAMES,
     SAFETY_MODE_NAMES,
     SAFETY_OUTCOME_NAMES,
@@ -74,6 +75,13 @@ def from_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
         if request.mask is None
         else generation_pb2.Mask(sha256=request.mask.sha256, feather=request.mask.feather),
         outpaint=None if request.outpaint is None else generation_pb2.Outpaint(**asdict(request.outpaint)),
+        upscale=None if request.noise_level is None else generation_pb2.Upscale(noise_level=request.noise_level),
+        depth_map=None
+        if request.depth_map is None
+        else generation_pb2.DepthMap(
+            sha256=request.depth_map.sha256,
+            fit=FIT_NAMES.number(request.depth_map.fit),  # type: ignore[arg-type]
+        ),
         variation=None if request.variation is None else generation_pb2.Variation(**asdict(request.variation)),
         two_pass=None if request.two_pass is None else generation_pb2.TwoPass(**asdict(request.two_pass)),
         loras=[
@@ -215,6 +223,13 @@ def from_engine(engine: Engine, ready: bool, safety_mode: SafetyMode | None) -> 
         churn_samplers=[SAMPLER_NAMES.number(name) for name in samplers_with("churn")],  # type: ignore[misc]
         safety_mode=SAFETY_MODE_NAMES.number(safety_mode or "off"),  # type: ignore[arg-type]
         block_cache=engine.block_cache is not None,
+        upscaling=None
+        if engine.upscaling is None
+        else engine_pb2.UpscalingSupport(
+            factor=engine.latents.downsampling, max_noise_level=engine.upscaling.max_noise_level
+        ),
+        estimates_depth="depth_estimator" in engine.optional_roles,
+        conditioning=CONDITIONING_NAMES.number(engine.conditioning),  # type: ignore[arg-type]
         loras=[_lora_info(lora) for lora in engine.loras],
         clip_guidance=None
         if engine.clip_guidance is None
