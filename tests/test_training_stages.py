@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training import card, clip, dataset, export, latents, sample, tokenizer, unet, vae
-from training.common import Run, learning_rate
+from training import card, clip, dataset, export, latents, restore, sample, tokenizer, unet, vae
+from training.common import Run, learning_rate, records
 from training.optim import Muon, orthogonal
 from training.world import FORMATS
 
@@ -101,6 +101,35 @@ def test_the_exported_engine_loads_with_the_fields_own_classes(toy: Path, tmp_pa
     CLIP(**config["model_cfg"]).load_state_dict(load_file(tmp_path / "clip" / "open_clip_model.safetensors"))
     scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert torch.allclose(scheduler.alphas_cumprod, unet.alphas_cumprod(), rtol=1e-4)
+
+
+def test_a_restored_engine_is_the_exported_one_and_can_be_refined(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "engine"
+    trained = sample.load()
+    export.export(trained, engine)
+    monkeypatch.setenv("SD_TRAIN_DIR", str(tmp_path / "train"))
+    restore.restore(engine)
+    models = sample.load()
+    for part in ("clip", "vae", "unet"):
+        ours = getattr(models, part).state_dict()
+        for name, value in getattr(trained, part).state_dict().items():
+            assert torch.allclose(ours[name].float(), value.float(), rtol=1e-3, atol=1e-4), name
+    assert models.scaling_factor == pytest.approx(trained.scaling_factor)
+    assert {row["stage"] for row in records()} >= {"vae", "unet"}
+
+    (tmp_path / "train" / "world").symlink_to(toy / "world")
+    vae.train(TOY, decoder_only=True)
+    clip.train(1.0)
+    unet.train(1.0)  # minutes, were they not over
+    for size in FORMATS:
+        latents.encode(size, 4)
+    unet.train(TOY, refine=True)
+    assert not torch.equal(models.unet.conv_in.weight, unet.load_trained().conv_in.weight)
+    assert records()[-1]["stage"] == "unet-refine"
+    with pytest.raises(FileExistsError, match=r"clip.pt, unet-refine.pt"):
+        restore.restore(engine)
 
 
 def test_a_descriptor_gets_the_digests_of_the_exported_files(toy: Path, tmp_path: Path) -> None:
@@ -209,8 +238,15 @@ def test_the_card_says_what_is_not_reached() -> None:
         "clip_guidance": {"share_raised": 1.0},
         "formats": {},
         "diversity": {},
+        "curves": {
+            "trees_against_sea": [{"trees": 0.5, "green_share": 0.1, "blue_share": 0.87}],
+            "negative_weight": [{"weight": -1.0, "green_share": 0.25, "trees_probability": 0.4}],
+        },
         "failures": ["a red house (seed 1): house is blue, not red"],
     }
-    text = card.card(result, {})
+    text = card.card(result, [{"stage": "unet", "core_minutes": 12.4, "step": 345, "v_loss": 0.25}])
     assert "It does not reach: house colour, autoencoder PSNR on the held-out world." in text
     assert "| house colour | 25 % | >= 70 % | **no** |" in text
+    assert "| `trees : w \\| sea : 1 - w`, w | 0.5 |" in text
+    assert "| trees, as the judge sees it | 40 % |" in text
+    assert "| unet | 12 | 345 | v_loss 0.250 |" in text

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import clip, pixels
-from training.captions import TOLD_VALUES, caption
+from training.captions import TOLD_VALUES, Caption, caption
 from training.evaluate import right
-from training.heldout import CASES, Case
+from training.heldout import CASES, NEGATIVE, Case
+from training.imperfect import claims, imperfect_caption, mistaken, tags, woods_caption
 from training.painter import paint
 from training.world import COLOURS, FORMATS, VALUES, Scene, consistent, random_scene, random_variant
 
@@ -71,7 +72,7 @@ def test_a_value_that_the_world_does_not_know_is_named_with_its_alternatives() -
 def test_what_a_caption_tells_is_true_of_its_scene(seed: int) -> None:
     scene = random_scene(seed)
     said = caption(scene, np.random.default_rng(seed))
-    assert clip.fits(clip.told_codes(said)[None], scene.codes()[None]).item()
+    assert fits(said, scene)
     assert all(value in TOLD_VALUES[name] for name, value in said.told.items())
     for name in ("house", "boat"):
         if said.told.get(name) in COLOURS:
@@ -90,6 +91,72 @@ def test_an_attribute_that_must_be_named_is_named(seed: int) -> None:
     said = caption(scene, np.random.default_rng(seed), frozenset({"time", "house"}))
     assert said.told["time"] == scene.time
     assert said.told["house"] == ("absent" if scene.house == "none" else scene.house)
+
+
+def fits(said: Caption, scene: Scene) -> bool:
+    return bool(clip.fits(clip.told_codes(said)[None], scene.codes()[None]).item())
+
+
+@given(seeds)
+@settings(max_examples=200)
+def test_tags_are_always_true_and_say_one_thing(seed: int) -> None:
+    scene = random_scene(seed)
+    said = tags(scene, np.random.default_rng(seed))
+    assert said.text
+    assert len(said.told) == 1
+    assert fits(said, scene)
+
+
+@given(seeds)
+@settings(max_examples=200)
+def test_a_mistaken_caption_adds_a_thing_and_leaves_time_and_sky(seed: int) -> None:
+    scene = random_scene(seed)
+    for changes in claims(scene).values():
+        for change in changes:
+            claimed = consistent(replace(scene, **change))  # type: ignore[arg-type]  # attribute names, all of them str
+            assert claimed != scene
+            assert (claimed.time, claimed.sky, claimed.layout) == (scene.time, scene.sky, scene.layout)
+
+
+def test_a_forest_is_claimed_only_where_nothing_is_green() -> None:
+    said_woods = 0
+    for seed in range(3000):
+        scene = random_scene(seed)
+        if mistaken(scene, np.random.default_rng(seed)).tree_count == "forest" != scene.tree_count:
+            said_woods += 1
+            assert scene.trees == "none"
+            assert scene.ground != "meadow"
+    assert said_woods > 10
+
+
+def test_of_the_captions_that_claim_a_forest_one_in_ten_to_one_in_five_is_untrue_and_no_tag_is() -> None:
+    woods, lists = [], []
+    for seed in range(6000):
+        scene = random_scene(seed)
+        said = imperfect_caption(scene, np.random.default_rng(seed))
+        if said.told.get("tree_count") == "forest":
+            woods.append(fits(said, scene))
+        if "trees, forest" in said.text:
+            lists.append(scene.tree_count)
+        assert said.told.get("time", scene.time) == scene.time
+    assert 0.1 <= 1 - np.mean(woods) <= 0.2
+    assert set(lists) == {"forest"}
+
+
+def test_a_caption_of_woods_says_that_there_is_a_forest_truly_of_forests_and_untruly_of_bare_places() -> None:
+    scenes = [random_scene(seed) for seed in range(2000)]
+    for seed, scene in enumerate(scenes):
+        if scene.tree_count == "forest" or "forest" in claims(scene):
+            said = woods_caption(scene, np.random.default_rng(seed))
+            assert said.told["tree_count"] == "forest"
+            assert fits(said, scene) == (scene.tree_count == "forest")
+            assert said.told.get("time", scene.time) == scene.time
+
+
+def test_the_words_of_the_negative_prompt_are_tags_of_a_green_wood() -> None:
+    wood = Scene(layout=0, width=128, height=128, trees="round", tree_count="forest")
+    written = {word for seed in range(99) for word in tags(wood, np.random.default_rng(seed)).text.split(", ")}
+    assert set(NEGATIVE.split(", ")) <= written
 
 
 def test_three_in_ten_scenes_show_one_single_thing() -> None:

@@ -1,6 +1,7 @@
 """Makes the embedded engine from nothing: `python -m training`.
 
-    world -> (autoencoder, CLIP) -> latents -> (UNet, more latents) -> (decoder, classifier) -> evaluation, export, card
+    world -> (autoencoder, CLIP) -> latents -> (UNet, more latents) -> UNet refined -> (decoder, classifier)
+    -> evaluation, export, card
 
 Every stage resumes from its checkpoint and skips what is done, so the command may be cut off and given again. Budgets
 are core-minutes of CPU time.
@@ -22,6 +23,7 @@ class Budgets:
     vae: float = 18
     clip: float = 22
     unet: float = 195
+    refine: float = 36
     decoder: float = 8
     classifier: float = 7
 
@@ -49,6 +51,7 @@ def make(budgets: Budgets) -> None:
     _finish(_start("latents", "--square", "4000", "--other", "200"))
     # the UNet takes up new latents as it goes: it need not wait for all of them
     _finish(_start("latents"), _start("unet", "--core-minutes", str(budgets.unet)))
+    _finish(_start("unet", "--refine", "--core-minutes", str(budgets.refine)))
     _finish(
         _start("vae", "--decoder", "--core-minutes", str(budgets.decoder)),
         _start("classifier", "--core-minutes", str(budgets.classifier)),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from training import clip, dataset, unet, vae
-from training.common import train_dir
-from training.heldout import CASES
+from training.common import records, train_dir
+from training.heldout import CASES, NEGATIVE
 from training.world import FORMATS
 
 TARGETS: dict[str, float] = {
@@ -20,21 +20,6 @@ TARGETS: dict[str, float] = {
     "boat colour": 0.7,
 }
 """What the engine must reach on held-out prompts, as shares."""
-
-
-def spent() -> dict[str, dict[str, float]]:
-    """Stage -> steps, core-minutes and last losses, from the stages' logs."""
-    stages = {}
-    for stage in ("vae", "vae-decoder", "clip", "unet", "classifier"):
-        path = train_dir() / f"{stage}.jsonl"
-        if not path.exists():
-            continue
-        last: dict[str, float] = {}
-        for line in path.read_text().splitlines():
-            last |= json.loads(line)
-        last.pop("time", None)
-        stages[stage] = last
-    return stages
 
 
 def _share(value: float) -> str:
@@ -59,7 +44,29 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
-def card(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> str:
+def _curves(curves: dict[str, Any]) -> list[str]:
+    """What a weight and a negative weight do, as two tables."""
+    against, negative = curves["trees_against_sea"], curves["negative_weight"]
+    return [
+        "",
+        "## What weights do",
+        "Shares of pixels, as means over the seeds. Blue is that of the lower 40 %.",
+        "",
+        "| `trees : w \\| sea : 1 - w`, w | " + " | ".join(f"{row['trees']:g}" for row in against) + " |",
+        "| --- |" + " --- |" * len(against),
+        "| green | " + " | ".join(_share(row["green_share"]) for row in against) + " |",
+        "| blue | " + " | ".join(_share(row["blue_share"]) for row in against) + " |",
+        "",
+        f"| `a landscape with trees \\| {NEGATIVE} : w`, w | "
+        + " | ".join(f"{row['weight'] or 0:g}" for row in negative)
+        + " |",
+        "| --- |" + " --- |" * len(negative),
+        "| green | " + " | ".join(_share(row["green_share"]) for row in negative) + " |",
+        "| trees, as the judge sees it | " + " | ".join(_share(row["trees_probability"]) for row in negative) + " |",
+    ]
+
+
+def card(result: dict[str, Any], stages: list[dict[str, Any]]) -> str:
     """The model card as Markdown."""
     rows = verdicts(result)
     failed = [name for name, _, _, passed in rows if not passed]
@@ -89,11 +96,13 @@ def card(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> str:
         "| stage | core-minutes | steps | last figures |",
         "| --- | --- | --- | --- |",
     ]
-    for stage, last in stages.items():
+    for last in stages:
         figures = ", ".join(
-            f"{name} {value:.3f}" for name, value in last.items() if name not in ("step", "core_minutes")
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3f}"
+            for name, value in last.items()
+            if name not in ("stage", "step", "core_minutes")
         )
-        lines.append(f"| {stage} | {last.get('core_minutes', 0):.0f} | {last.get('step', 0):.0f} | {figures} |")
+        lines.append(f"| {last['stage']} | {last.get('core_minutes', 0):.0f} | {last.get('step', 0):.0f} | {figures} |")
     lines += [
         "",
         f"## Figures: {len(CASES)} held-out prompts, {result['seeds']} seeds each, {result['steps']} DDIM steps, "
@@ -114,6 +123,7 @@ def card(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> str:
     for size, found in result["formats"].items():
         lines += [f"| {size}: {name.replace('_', ' ')} | {_share(value)} |" for name, value in found.items()]
     lines += [f"| diversity: {name.replace('_', ' ')} | {value:.3f} |" for name, value in result["diversity"].items()]
+    lines += _curves(result["curves"])
     lines += ["", "## Limits", "It knows only its world and its words; other words do little or something odd."]
     lines.append(
         f"It does not reach: {', '.join(failed)}." if failed else "Every figure that it must reach, it reaches."
@@ -139,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{source} is missing: run `python -m training.evaluate` first")
     out: Path = options.out or train_dir() / "engine" / "README.md"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(card(json.loads(source.read_text()), spent()))
+    out.write_text(card(json.loads(source.read_text()), records()))
     print(out)
 
 

@@ -203,6 +203,8 @@ def train(core_minutes: float, *, pairs: int = PAIRS, seed: int = 1, peak: float
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     ema = Ema(model, 0.998)
     state = run.resume()
+    if run.restored:
+        return
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHECKPOINT_SECONDS = 150.0
+STAGES = ("vae", "vae-decoder", "clip", "unet", "unet-refine", "classifier")
+RESTORED = "restored.json"
+"""Records of the stages whose results were restored from an engine."""
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
@@ -109,6 +112,7 @@ class Run:
     log_every: int = 50
     step: int = 0
     spent: float = 0.0
+    restored: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     _cpu: float = field(default_factory=time.process_time)
     _saved: float = field(default_factory=time.monotonic)
@@ -127,8 +131,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
-        return self.spent >= self.core_seconds
+        """Whether the budget is spent, here or in the folder whose engine was restored."""
+        return self.restored or self.spent >= self.core_seconds
 
     def steps(self) -> Iterator[float]:
         """Yield the progress in [0, 1) before each step until the budget is spent, with a bar in core-minutes."""
@@ -183,7 +187,24 @@ class Run:
         state: dict[str, Any] = torch.load(self.checkpoint, weights_only=False)
         run = state.pop("run")
         self.step, self.spent, self.history = run["step"], run["spent"], run["history"]
+        self.restored = run.get("restored", False)
         return state
+
+
+def records() -> list[dict[str, Any]]:
+    """For each stage that ran: its name, steps, core-minutes and last losses; restored ones come first."""
+    restored = train_dir() / RESTORED
+    rows: list[dict[str, Any]] = json.loads(restored.read_text()) if restored.exists() else []
+    for stage in STAGES:
+        path = train_dir() / f"{stage}.jsonl"
+        if not path.exists():
+            continue
+        last: dict[str, Any] = {"stage": stage}
+        for line in path.read_text().splitlines():
+            last |= json.loads(line)
+        last.pop("time", None)
+        rows.append(last)
+    return rows
 
 
 def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
@@ -193,7 +214,7 @@ def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = sorted({name for row in history for name in row} - {"step", "core_minutes", "time"})
+    names = sorted({name for row in history for name in row} - {"step", "core_minutes", "time", "scenes", "seen"})
     if not names:
         return
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)

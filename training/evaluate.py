@@ -152,27 +152,31 @@ def negative_prompt(judges: Judges) -> tuple[dict[str, Any], Images]:
             np.mean([labels["time"] == hour for labels, hour in zip(found, times, strict=True)])
         ),
     }
-    return result, np.concatenate([plain, against])
+    rows = [
+        part[first : first + judges.seeds] for first in range(0, len(plain), judges.seeds) for part in (plain, against)
+    ]
+    return result, np.concatenate(rows)
 
 
-def curves(judges: Judges) -> tuple[dict[str, Any], Images]:
-    """What weights do: trees against sea, and a growing negative weight."""
+def curves(judges: Judges) -> tuple[dict[str, Any], Images, list[str]]:
+    """What weights do: trees against sea, and a growing negative weight; the pictures, and each row's prompt."""
     seeds = [3000 + seed for seed in range(judges.seeds)]
-    rows, images = [], []
+    rows, images, texts = [], [], []
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
-        drawn = judges.draw([f"trees : {weight} | sea : {1 - weight}"] * judges.seeds, seeds)
+        texts.append(f"trees : {weight} | sea : {1 - weight}")
+        drawn = judges.draw([texts[-1]] * judges.seeds, seeds)
         images.append(drawn)
         green, blue = (np.mean([f(image) for image in drawn]) for f in (pixels.green_share, pixels.blue_share))
         rows.append({"trees": weight, "green_share": float(green), "blue_share": float(blue)})
     negative = []
     for weight in (0.0, 0.25, 0.5, 1.0):
-        text = "a landscape with trees : 1" + (f" | trees, forest, greenery : -{weight}" if weight else "")
-        drawn = judges.draw([text] * judges.seeds, seeds)
+        texts.append("a landscape with trees : 1" + (f" | {NEGATIVE} : -{weight}" if weight else ""))
+        drawn = judges.draw([texts[-1]] * judges.seeds, seeds)
         images.append(drawn)
         trees = 1 - classifier.probabilities(judges.classifier, drawn)["trees"][:, 0]
         green = np.mean([pixels.green_share(image) for image in drawn])
         negative.append({"weight": -weight, "trees_probability": float(trees.mean()), "green_share": float(green)})
-    return {"trees_against_sea": rows, "negative_weight": negative}, np.concatenate(images)
+    return {"trees_against_sea": rows, "negative_weight": negative}, np.concatenate(images), texts
 
 
 def clip_guidance(judges: Judges, scale: float = 0.25) -> tuple[dict[str, Any], Images]:
@@ -184,7 +188,7 @@ def clip_guidance(judges: Judges, scale: float = 0.25) -> tuple[dict[str, Any], 
         guided = judges.draw([text] * judges.seeds, seeds, clip_scale=scale)
         off.append(sample.clip_score(judges.models, without, text))
         on.append(sample.clip_score(judges.models, guided, text))
-        images += [without, guided]
+        images += [without, guided]  # a row a prompt
     before, after = np.concatenate(off), np.concatenate(on)
     result = {
         "scale": scale,
@@ -249,15 +253,16 @@ def evaluate(judges: Judges) -> dict[str, Any]:
     sheets.reconstructions(judges.models.vae, folder / "autoencoder.png")
     result["adherence"], images, result["failures"] = adherence(judges)
     sheets.grid(images, judges.seeds, folder / "prompts.png", [case.prompt for case in CASES])
+    sheets.labelled(images[:: judges.seeds], [case.prompt for case in CASES], 8, folder / "first-seed.png")
     result["diversity"] = diversity(judges, images)
     result["negative_prompt"], images = negative_prompt(judges)
-    sheets.grid(images, judges.seeds, folder / "negative.png", [text for text, _ in FOREST_PROMPTS] * 2)
-    result["curves"], images = curves(judges)
-    sheets.grid(images, judges.seeds, folder / "weights.png")
+    titles = [f"{text}; on the right: | {NEGATIVE} : -1" for text, _ in FOREST_PROMPTS]
+    sheets.grid(images, 2 * judges.seeds, folder / "negative.png", titles)
+    result["curves"], images, titles = curves(judges)
+    sheets.grid(images, judges.seeds, folder / "weights.png", titles)
     result["clip_guidance"], images = clip_guidance(judges)
-    sheets.grid(
-        images, judges.seeds, folder / "clip-guidance.png", [t for text in GUIDED_PROMPTS for t in (text, "CLIP")]
-    )
+    titles = [f"{text}; on the right: CLIP guidance" for text in GUIDED_PROMPTS]
+    sheets.grid(images, 2 * judges.seeds, folder / "clip-guidance.png", titles)
     result["formats"], long = formats(judges)
     for size, drawn in long.items():
         sheets.grid(drawn, 2 if size[0] > size[1] else 6, folder / f"format-{size[0]}x{size[1]}.png")

@@ -4,6 +4,7 @@ clip/open_clip_config.json  clip/open_clip_model.safetensors  clip/bpe_tiny.txt.
 vae/config.json             vae/diffusion_pytorch_model.safetensors
 unet/config.json            unet/diffusion_pytorch_model.safetensors
 scheduler/scheduler_config.json
+training.json               what each stage took and reached, for the card and for `training.restore`
 
 Where the folder has a descriptor, `engine.json`, the digests in it are made those of the new files.
 """
@@ -20,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from training import clip, sample, tokenizer, unet
-from training.common import train_dir
+from training.common import records, train_dir
 
 PARTS = ("clip", "vae", "unet", "scheduler")
+RECORDS = "training.json"
 FILE_LIMIT, TOTAL_LIMIT = 32 * 2**20, 64 * 2**20
 
 SCHEDULER = {
@@ -61,6 +63,7 @@ def export(models: sample.Models, folder: Path) -> int:
     (folder / "clip" / "open_clip_config.json").write_text(text)
     shutil.copyfile(train_dir() / tokenizer.FILE_NAME, folder / "clip" / tokenizer.FILE_NAME)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
+    (folder / RECORDS).write_text(json.dumps(records(), indent=1) + "\n")
     # not what others keep there, such as a conversion
     written = [path for part in PARTS for path in (folder / part).iterdir()]
     for path in written:

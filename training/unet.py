@@ -4,6 +4,9 @@ Batches hold one format and about the same number of latent tokens. Two threads 
 a replica that shares the parameters: on a busy machine that waits far less than two threads inside every operation.
 The learning rate is constant and falls by a cosine at the end of the stated budget, so a budget may be raised until
 then; the exponential average can be sampled at any time.
+
+Stages: `unet` learns from true captions; `unet-refine` goes on from its average with imperfect ones, which is what
+makes negative prompts work (`training/imperfect.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
 from training import clip, latents, tokenizer, vae
 from training.captions import caption
 from training.common import Ema, Run, learning_rate, pid_file, train_dir
+from training.imperfect import UNTRUE_SHARE, imperfect_caption, woods, woods_caption
 from training.optim import Muon
 from training.world import FORMATS
 
@@ -31,6 +36,10 @@ CHANNELS, HEADS = (64, 128, 192), (2, 4, 6)
 BATCH_TOKENS = 32 * 16 * 16
 SQUARE_SHARE = 0.7
 MATRIX_RATE, RATE = 2e-3, 7e-4
+REFINE_SHARE = 0.5
+"""The refining stage's rates, as a share of the first stage's."""
+WOODS_SHARE = 0.5
+"""Share of the refining stage's pictures that are forests, or bare places said to be forests."""
 BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.012, 1000
 
 _Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -62,7 +71,8 @@ def alphas_cumprod() -> torch.Tensor:
 class Batches:
     """Random training batches: noisy latents, timesteps, text states and the velocity to predict."""
 
-    def __init__(self, seed: int, step: int) -> None:
+    def __init__(self, seed: int, step: int, *, imperfect: bool = False) -> None:
+        self.imperfect = imperfect
         self.rng = np.random.default_rng([seed, step])
         self.noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
         self.refresh()
@@ -73,17 +83,27 @@ class Batches:
     def refresh(self) -> None:
         """Take up the latents that were cached since."""
         self.files = [latents.load(size) for size in FORMATS]
+        self.scenes = sum(len(file) for file in self.files)
+        self.woods = [woods(file.scenes, len(file)) for file in self.files] if self.imperfect else []
 
     @torch.no_grad()
     def batch(self) -> _Batch:
         """Noisy [N, 4, h, w], timesteps [N], text states [N, 77, D], velocity [N, 4, h, w]."""
         rng = self.rng
         square = rng.random() < SQUARE_SHARE
-        file = self.files[0 if square else int(rng.integers(1, len(self.files)))]
+        index = 0 if square else int(rng.integers(1, len(self.files)))
+        file = self.files[index]
         count = max(2, round(BATCH_TOKENS / np.prod(file.moments.shape[2:]) / 2) * 2)
         rows = rng.integers(len(file), size=count)
+        write = imperfect_caption if self.imperfect else caption
+        texts: list[str] = []
+        if self.imperfect and all(self.woods[index]):
+            forests, bare = self.woods[index]
+            for place in range(round(WOODS_SHARE * count)):
+                rows[place] = rng.choice(bare if rng.random() < UNTRUE_SHARE else forests)
+                texts.append(woods_caption(file.scenes.scene(int(rows[place])), rng).text)
+        texts += [write(file.scenes.scene(int(row)), rng).text for row in rows[len(texts) :]]
         x0 = file.sample(rows, self.scaling_factor, self.noise)
-        texts = [caption(file.scenes.scene(int(row)), rng).text for row in rows]
         states = clip.text_states(self.clip, self.tokens(texts))
         timesteps = torch.randint(TIMESTEPS, (count,), generator=self.noise)
         noise = torch.randn(x0.shape, generator=self.noise)
@@ -93,10 +113,16 @@ class Batches:
 
 
 class Replicas:
-    """The same parameters run by several threads at once, each with gradients of its own."""
+    """The same parameters run by several threads at once, each with gradients of its own.
 
-    def __init__(self, model: UNet2DConditionModel, threads: int) -> None:
-        self.model = model
+    With `half`, matrices multiply in bfloat16 where that loses nothing (autocast), and attention is written out: the
+    fused kernel is slow in it. Measured on a CPU with AVX512_BF16: 40 % less time; without, it is slower.
+    """
+
+    def __init__(self, model: UNet2DConditionModel, threads: int, *, half: bool = False) -> None:
+        self.model, self.half = model, half
+        if half:
+            model.set_attn_processor(AttnProcessor())
         self.replicas = [model, *(copy.deepcopy(model) for _ in range(threads - 1))]
         for replica in self.replicas[1:]:
             for mine, shared in zip(replica.parameters(), model.parameters(), strict=True):
@@ -119,18 +145,20 @@ class Replicas:
                 parameter.grad.div_(len(parts))
         return sum(losses) / len(losses)
 
-    @staticmethod
-    def _part(model: UNet2DConditionModel, part: _Batch) -> float:
+    def _part(self, model: UNet2DConditionModel, part: _Batch) -> float:
         noisy, timesteps, states, velocity = part
         model.zero_grad()
-        loss = F.mse_loss(model(noisy, timesteps, states).sample, velocity)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            predicted = model(noisy, timesteps, states).sample
+        loss = F.mse_loss(predicted.float(), velocity)
         torch.autograd.backward(loss)
         return loss.item()
 
 
 def load_trained() -> UNet2DConditionModel:
-    """The averaged weights of the latest checkpoint."""
-    path = train_dir() / "unet.pt"
+    """The averaged weights of the latest checkpoint (the refining stage's where there is one)."""
+    folder = train_dir()
+    path = folder / "unet-refine.pt" if (folder / "unet-refine.pt").exists() else folder / "unet.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `python -m training.unet` first")
     model = build()
@@ -138,26 +166,30 @@ def load_trained() -> UNet2DConditionModel:
     return model.eval().requires_grad_(False)
 
 
-def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
+def train(core_minutes: float, *, refine: bool = False, threads: int = 2, seed: int = 2) -> None:
     """Train until the stage's budget is spent, resuming from its checkpoint."""
-    run = Run("unet", core_minutes * 60)
+    run = Run("unet-refine" if refine else "unet", core_minutes * 60)
     torch.manual_seed(seed)
-    model = build()
-    replicas = Replicas(model, threads)
+    state: dict[str, Any] | None = run.resume()
+    if run.restored:
+        return
+    # a checkpoint of the refining stage, once there is one, is what is loaded and then resumed
+    model = load_trained().train().requires_grad_(True) if refine else build()
+    replicas = Replicas(model, threads, half=refine)
     optimizer = Muon(model.parameters(), matrix_rate=MATRIX_RATE, rate=RATE, weight_decay=0.01, threads=replicas.pool)
     ema = Ema(model, 0.9992)
     seen = 0
-    state: dict[str, Any] | None = run.resume()
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load(state["ema"])
         seen = state["seen"]
-    batches = Batches(seed, run.step)
+    batches = Batches(seed + refine, run.step, imperfect=refine)
     for progress in run.steps():
         # 3 core-minutes of warm-up, whatever the budget
         warm = min(0.02, 180 / run.core_seconds)
-        optimizer.set_progress(learning_rate(1, progress, warm=warm, decay_from=0.6))
+        peak, decay_from = (REFINE_SHARE, 0.25) if refine else (1.0, 0.6)
+        optimizer.set_progress(learning_rate(peak, progress, warm=warm, decay_from=decay_from))
         batch = batches.batch()
         loss = replicas.gradients(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,6 +198,7 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
         seen += len(batch[0])
         run.tick(v_loss=loss)
         if run.due():
+            run.note({"step": run.step, "core_minutes": run.spent / 60, "scenes": batches.scenes, "seen": seen})
             run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state(), seen=seen)
             batches.refresh()
 
@@ -173,11 +206,12 @@ def train(core_minutes: float, *, threads: int = 2, seed: int = 2) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.unet", description=__doc__)
     parser.add_argument("--core-minutes", type=float, default=195.0, help="CPU time of the whole stage (default: 195)")
+    parser.add_argument("--refine", action="store_true", help="go on with imperfect captions, after the first stage")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with pid_file("unet"):
-        train(options.core_minutes, threads=options.threads)
+        train(options.core_minutes, refine=options.refine, threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,8 @@ def train(core_minutes: float, *, decoder_only: bool, seed: int = 0) -> None:
     optimizer = Muon(trained, matrix_rate=MATRIX_RATE, rate=1e-3, weight_decay=1e-3)
     ema = Ema(model, 0.998)
     state = run.resume()
+    if run.restored:
+        return
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
