@@ -9,7 +9,7 @@ import pytest
 import torch
 from loras import CONV, TO_K, save_tiny
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sdmodels.conversion.lora import LoraOptions, add_lora
 from sdmodels.errors import InvalidInput
 from sdmodels.text_encoder import TextEncoder
@@ -121,6 +121,27 @@ def test_loras_beyond_the_cache_are_read_again_and_one_that_is_gone_or_damaged_i
     (folder / f"{one}.safetensors").write_bytes((engine / f"loras/{two}.safetensors").read_bytes())
     with pytest.raises(InvalidInput, match="is damaged: add it again"):
         UNetLora(tmp_path)(*batch, *used({one: 1.0}))
+
+
+def test_in_half_precision_loras_are_near_float32_and_rows_that_overflow_are_float32(
+    engine: Path, loras: tuple[str, str]
+) -> None:
+    one, two = loras
+    arrays = (*rows(2, 8, 8, 77, 128), *used({one: 0.5}, {one: 0.5, two: 0.25}))
+    exact = UNetLora(engine)(*arrays)
+    for precision, near in (("bf16", 0.05), ("fp16", 0.01)):
+        made = UNetLora(engine, precision=precision)(*arrays)
+        assert 0 < np.abs(made - exact).max() < near * np.abs(exact).max()
+    tensors = load_file(engine / "2.safetensors")
+    tensors[f"unet.{TO_K}.lora_B.weight"] *= 1e7
+    save_file(tensors, engine / "huge.safetensors")
+    huge = add_lora(LoraOptions(str(engine / "huge.safetensors"), str(engine)))["sha256"]
+    arrays = (*arrays[:3], *used({one: 0.5}, {huge: 1.0}))
+    exact = UNetLora(engine)(*arrays)
+    made = UNetLora(engine, precision="fp16")(*arrays)
+    assert np.isfinite(exact).all()
+    assert made[1].tobytes() == exact[1].tobytes()
+    assert made[0].tobytes() != exact[0].tobytes()
 
 
 def test_rows_that_disagree_are_refused(engine: Path) -> None:
