@@ -188,6 +188,7 @@ async def engine_alone(settings: ServeSettings, rows: int, seconds: float) -> tu
     generator = np.random.default_rng(0)
     shape = rows, engine.unet_channels, engine.native_height // scale, engine.native_width // scale
     latents = generator.standard_normal(shape, np.float32)
+    latents[:, engine.latents.channels :] = 0
     states = generator.standard_normal(
         (rows, engine.text_encoder.context_length, engine.text_encoder.width), np.float32
     )

@@ -20,6 +20,7 @@ from parity import bytes_of, pipeline, text_states
 from PIL import Image
 from sdclient import AsyncClient, DepthMap, InitImage, Mask, Prompt, Upscale
 from sdmodels.conversion.convert import Options, convert
+from sdmodels.openvino_unet import prepare
 from sdmodels.text_encoder import TextEncoder
 from sdmodels.vae import VaeDecoder
 from sdserver.backends import EncodedText
@@ -74,6 +75,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EngineStore:
         facts = convert(Options(str(path), str(store.folder(name)), dtype="fp32"), lambda _: None)
         runtime = "openvino" if name == "upscaling" else "torch"
         store.complete(name, "", "", facts, Placement(precision="fp32", runtime=runtime))
+    # As `sdserver engine add` does it: torch, which converts, is here already, and Triton's process needs none then.
+    prepare(store.folder("upscaling"), facts["files"], block_cache=False)
     return store
 
 

@@ -327,7 +327,7 @@ def _print_table(engines: Sequence[Engine]) -> None:
             "limits": f"{limits.max_steps} steps, {limits.max_image_count} images, "
             f"{limits.max_prompt_chunks} chunks of 75 tokens a prompt",
             "initial images": f"at most {limits.max_image_bytes} bytes and {limits.max_image_pixels} pixels"
-            if engine.image_to_image
+            if engine.image_to_image or engine.upscaling
             else "none",
             "defaults": f"{defaults.width}x{defaults.height}, {defaults.steps} steps, {defaults.sampler}, "
             f"{defaults.schedule}, guidance scale {defaults.guidance_scale:g}",

@@ -93,6 +93,8 @@ async def seconds_of_call(engine: Engine, backend: Backend, rows: int, shape: tu
     """How long one UNet call of so many rows of latents [height, width] takes. Raises RequestError."""
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((rows, engine.unet_channels, *shape), np.float32)
+    # Not every number is a noise level of an upscaler.
+    latents[:, engine.latents.channels :] = 0
     states = generator.standard_normal(
         (rows, engine.text_encoder.context_length, engine.text_encoder.width), np.float32
     )

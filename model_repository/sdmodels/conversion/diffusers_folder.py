@@ -90,7 +90,7 @@ def read_diffusers_folder(folder: Path, prediction_type: str | None, dtype: str)
         tuple(files),
         depth_estimator,
         _upscaling(folder, configs["model_index.json"]),
-        tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_ignored(path.name))),
+        tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_ignored(path.name, files))),
     )
 
 
@@ -233,6 +233,7 @@ def _license(folder: Path) -> str:
     return said[1] if said else ""
 
 
-def _is_ignored(name: str) -> bool:
-    used = (*COMPONENTS, *OPTIONAL_COMPONENTS, "scheduler", "low_res_scheduler", "tokenizer")
+def _is_ignored(name: str, files: list[Path]) -> bool:
+    """Whether a folder of the checkpoint is none that is known, nor one of which a file is read."""
+    used = {*COMPONENTS, "tokenizer", *(path.parent.name for path in files)}
     return name not in used and not name.startswith(".")
