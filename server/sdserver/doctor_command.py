@@ -82,11 +82,12 @@ def main(arguments: Sequence[str], hardware: Hardware | None = None) -> int:
 
 def _facts(repository: Path, engine: Engine, steps: dict[str, float | None], seen: Hardware) -> EngineFacts:
     folder = repository / "engines" / engine.id
-    in_bf16 = seen.cpu.has_bf16 and parameters(repository, engine.model("unet")).get("precision") != "fp32"
+    configuration = (repository / engine.model("unet") / "config.pbtxt").read_text(encoding="utf-8")
+    in_bf16 = seen.cpu.has_bf16 and parameters(configuration).get("precision") != "fp32"
     return EngineFacts(
         engine.id,
         len(engine.models),
-        kind_of((repository / engine.model("unet") / "config.pbtxt").read_text(encoding="utf-8")),
+        kind_of(configuration),
         engine_memory(folder, engine, on_gpu=False, in_bf16=in_bf16),
         engine_memory(folder, engine, on_gpu=True),
         engine.id in steps,
