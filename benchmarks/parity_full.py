@@ -88,11 +88,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a folder of diffusers of SD 2.x, instead of random weights")
     parser.add_argument("--repository", type=Path, help="where its engine is, or will be; default: a temporary folder")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--guidance", type=float, default=7.5)
     options = parser.parse_args()
     cases = [
-        Case(ENGINE, "ddim", width=512, height=512, steps=options.steps, scale=7.5),
-        Case(ENGINE, "euler", width=640, height=384, steps=options.steps, scale=7.5),
+        Case(ENGINE, "ddim", width=512, height=512, steps=options.steps, scale=options.guidance),
+        Case(ENGINE, "euler", width=640, height=384, steps=options.steps, scale=options.guidance),
     ]
     with tempfile.TemporaryDirectory() as elsewhere:
         checkpoint = options.checkpoint or Path(elsewhere) / "checkpoint"
@@ -108,7 +109,7 @@ def main() -> int:
         tokenizer = clip_tokenizer(Path(elsewhere) / "tokenizer", "2")
         scheduler = full_checkpoint.SCHEDULER
         theirs = {case: case.by_diffusers(modules, tokenizer, scheduler) for case in cases}
-    print(f"SD 2.1 at full size, random weights, {options.steps} steps with guidance 7.5; {machine()}")
+    print(f"SD 2.1 at full size, random weights, {options.steps} steps with guidance {options.guidance:g}; {machine()}")
     held = True
     for case, expected in theirs.items():
         most = float(np.abs(ours["fp32"][case] - expected).max())

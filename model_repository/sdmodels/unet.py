@@ -52,11 +52,9 @@ class UNet:
         self._device, self._dtype = device, DTYPES[precision]
         # Tensor cores want the channels last; a CPU gains nothing from it.
         self._layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
-        weights = read_weights(folder / DIFFUSERS_WEIGHTS, dtype=self._dtype, device=device)
+        weights = read_weights(folder / DIFFUSERS_WEIGHTS, dtype=self._dtype, device=device, layout=self._layout)
         unet.load_state_dict(weights, assign=True)
-        # Each goes as soon as it is laid out anew: there are never two of all.
-        del weights
-        self.module = unet.eval().requires_grad_(False).to(device, memory_format=self._layout)
+        self.module = unet.eval().requires_grad_(False)
         self._compiled = compiled
         self._network = _compiled(self.module) if compiled else self.module
         self._row_buckets = row_buckets or (ROW_BUCKETS if compiled else ())

@@ -145,12 +145,11 @@ def _read_vae(folder: Path, without: tuple[str, ...], device: str, precision: Pr
         skip=tuple(f"{name}." for name in without),
         dtype=DTYPES[precision],
         device=device,
+        # Takes a sixth off a decode on one core, where the UNet gains nothing from it.
+        layout=torch.channels_last,
     )
     vae.load_state_dict({current_name(name): weight for name, weight in weights.items()}, assign=True)
-    # Each goes as soon as it is laid out anew: there are never two of all.
-    del weights
-    # Channels last takes a sixth off a decode on one core, where the UNet gains nothing from it.
-    return vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False)
 
 
 def current_name(name: str) -> str:

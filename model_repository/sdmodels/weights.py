@@ -27,11 +27,16 @@ def read_weights(
     skip: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    layout: torch.memory_format = torch.preserve_format,
 ) -> dict[str, torch.Tensor]:
     """Parameters by name: those whose names start with `keep` and with none of `skip`.
 
-    They come to the device one by one, so that of a GPU's the CPU holds one at a time.
+    They come to the device one by one, convolutions in their memory layout: there is never a second copy of all.
     """
+
+    def laid_out(weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(device, dtype, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+
     with safe_open(path, framework="pt") as weights:
         names = [name for name in weights.keys() if name.startswith(keep) and not name.startswith(skip)]  # noqa: SIM118 (no mapping)
-        return {name: weights.get_tensor(name).to(device, dtype) for name in names}
+        return {name: laid_out(weights.get_tensor(name)) for name in names}

@@ -191,7 +191,7 @@ def _verify(store: EngineStore, options: argparse.Namespace) -> int:
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            bar.advance("reading", engine.id, done, total)
+            bar.advance("", f"reading {engine.id}", done, total)
 
         for engine in engines:
             problems[engine.id] = store.problems(engine, on_bytes)
@@ -238,7 +238,9 @@ class _Bar:
         """So many bytes of a stage are done."""
         self._begin(stage)
         amount = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-        self._progress.update(self._task, description=f"{stage} {file}", completed=done, total=total, amount=amount)
+        self._progress.update(
+            self._task, description=f"{stage} {file}".strip(), completed=done, total=total, amount=amount
+        )
 
     def stage(self, name: str) -> None:
         """A stage begins that does not say how far it is."""

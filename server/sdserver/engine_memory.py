@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 # A model's process: Python with its libraries, and on a GPU CUDA's context there.
 PROCESS_BYTES = 470 * 10**6
 CONTEXT_BYTES = 450 * 10**6
-# Numbers alive at once in a UNet, a place of the latents and a channel of its first block; in an autoencoder, a pixel
-# and a channel of its first block. The latter agrees with 2.2 GB measured in float32 at 768 x 768; the former is a
-# count of what the last up block holds.
+# Numbers alive at once in a UNet, a place of the latents and a channel of its first block: on a GPU a count of what the
+# last up block holds; on a CPU what OpenVINO took with SD 2.1 (`benchmarks.memory`).
 UNET_NUMBERS = 20
-VAE_NUMBERS = 8
+UNET_NUMBERS_ON_CPU = 70
+# In an autoencoder, a pixel and a channel of its first block: as a whole, and in strips, as larger images than
+# `sdmodels.vae.WHOLE_PIXELS` are decoded; both measured.
+VAE_NUMBERS = 8.0
+VAE_NUMBERS_IN_STRIPS = 3.3
+WHOLE_PIXELS = 320 * 320
 # Rows of one image with guidance.
 ROWS = 2
 # `sdmodels` computes in half precision in these on a GPU, and in float32 in all others.
@@ -78,8 +82,10 @@ def engine_memory(folder: Path, engine: Engine, *, on_gpu: bool, in_bf16: bool =
     places = engine.native_width * engine.native_height // engine.latents.downsampling**2
     side = engine.decode_tile.size if engine.decode_tile else max(engine.native_width, engine.native_height)
     pixels = min(engine.native_width, side) * min(engine.native_height, side)
-    unets = ROWS * UNET_NUMBERS * places * _first_channels(folder / "unet/config.json") * width["unet"]
-    vaes = VAE_NUMBERS * pixels * _first_channels(folder / "vae/config.json") * width["vae_decoder"]
+    of_unet = UNET_NUMBERS if on_gpu else UNET_NUMBERS_ON_CPU
+    of_vae = VAE_NUMBERS if pixels <= WHOLE_PIXELS else VAE_NUMBERS_IN_STRIPS
+    unets = ROWS * of_unet * places * _first_channels(folder / "unet/config.json") * width["unet"]
+    vaes = int(of_vae * pixels) * _first_channels(folder / "vae/config.json") * width["vae_decoder"]
     processes = len(engine.roles) * (CONTEXT_BYTES if on_gpu else PROCESS_BYTES)
     return EngineMemory(weights, unets + vaes, processes)
 
