@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from diffusers import UNet2DConditionModel
+    from sdmodels.precision import Precision
 
 Digests = NDArray[np.uint8]
 
@@ -129,7 +130,8 @@ def test_in_half_precision_loras_are_near_float32_and_rows_that_overflow_are_flo
     one, two = loras
     arrays = (*rows(2, 8, 8, 77, 128), *used({one: 0.5}, {one: 0.5, two: 0.25}))
     exact = UNetLora(engine)(*arrays)
-    for precision, near in (("bf16", 0.05), ("fp16", 0.01)):
+    errors: dict[Precision, float] = {"bf16": 0.05, "fp16": 0.01}
+    for precision, near in errors.items():
         made = UNetLora(engine, precision=precision)(*arrays)
         assert 0 < np.abs(made - exact).max() < near * np.abs(exact).max()
     tensors = load_file(engine / "2.safetensors")
