@@ -90,12 +90,15 @@ class Lora:
 
     def _tensors(self, form: Form) -> Tensors:
         found: Tensors = {}
+        unet = self.model.unet
+        state: Tensors = unet.state_dict()
+        # The original names of some modules depend on those beside them.
+        originals = dict(zip(state, original_unet(state, unet.config.layers_per_block), strict=True))
         for name, (down, up) in self.changes.items():
             part, module = name.split(".", 1)
             if form.startswith("kohya"):
                 if form == "kohya-original" and part == "unet":
-                    [module] = original_unet({f"{module}.weight": down}, self.model.unet.config.layers_per_block)
-                    module = module.removesuffix(".weight")
+                    module = originals[f"{module}.weight"].removesuffix(".weight")
                 module = f"lora_{'unet' if part == 'unet' else 'te'}_{module}".replace(".", "_")
                 found |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
                 found[f"{module}.alpha"] = torch.tensor(self.alpha)

@@ -217,7 +217,11 @@ async def test_the_vae_decoder_answers_as_without_triton(client: InferenceServer
     image = await infer(client, f"{ENGINE}.vae_decoder", "image", latents=latents)
     expected = VaeDecoder(ENGINE_FOLDER, precision=decoder_precision(None))(latents)
     assert image.shape == (2, 128, 192, 3)
-    assert np.abs(image.astype(int) - expected).max() <= 1
+    difference = image.astype(int) - expected
+    if decoder_precision(None) == "fp32":
+        assert np.abs(difference).max() <= 1
+    # In bf16 sums over other numbers of threads round to other last digits; 50 dB.
+    assert np.square(difference).mean() < 255**2 / 10**5
 
 
 async def test_a_bad_request_is_named_and_hurts_no_other(client: InferenceServerClient) -> None:
@@ -258,7 +262,12 @@ async def test_rows_that_wait_for_the_unet_run_together(client: InferenceServerC
         "text_states": np.zeros((1, 77, 128), np.float32),
     }
     await asyncio.gather(*(infer(client, f"{ENGINE}.unet", "prediction", **row) for _ in range(8)))
-    assert 1 <= await executions() - before < 8
+    # Triton counts a call after it has answered it.
+    async with asyncio.timeout(10):
+        while await executions() == before:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.2)
+    assert await executions() - before < 8
 
 
 # Start and stop
