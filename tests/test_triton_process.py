@@ -308,6 +308,8 @@ async def test_all_its_ports_listen_on_the_host_and_on_no_other(repository: Path
 async def test_what_triton_logs_can_be_followed_until_it_ends(repository: Path) -> None:
     async with echo_triton(repository) as triton, client_of(triton) as client:
         lines: list[str] = []
+        # It is ready before it has said its last words of the start.
+        await asyncio.sleep(1)
         following = asyncio.create_task(triton.follow_log(lines.append))
         await asyncio.sleep(0.5)
         # What was said before is not said again.
