@@ -31,8 +31,6 @@ from sdmodels.unet import UNet
 from sdmodels.vae import VaeDecoder, VaeEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 ENGINE = Path(__file__).parents[1] / "model_repository/engines/tiny-landscape"
@@ -56,14 +54,6 @@ def engine_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         upcast_attention=True,
     ).save_pretrained(folder / "unet")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """What a model chose is not for the tests that come after: on other numbers of threads sums round otherwise."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
