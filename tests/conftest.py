@@ -36,15 +36,6 @@ hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("untimed")
 
 
-@pytest.fixture(autouse=True)
-def _torch_threads() -> Iterator[None]:
-    """How many threads a model chose is not for the tests that come after: on others, sums round otherwise."""
-    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    yield
-    if before is not None:
-        sys.modules["torch"].set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def settings() -> ServeSettings:
     """The shipped model repository, a free port on loopback, quick looks at the models."""
