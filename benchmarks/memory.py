@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 # may take in tiles, in bytes.
 LOADING_BOUND = 1.3
 DECODING_BOUND = 0.5e9
-# What each model computes in here and, of the decoder, the side of the tile in pixels.
+# The side of a tile in pixels, as `sdserver engine add --decode-tile 320` has it.
+TILE = 320
+# What each model computes in here, and the side of the image, or of the tile, in pixels.
 ROWS: tuple[tuple[str, str, int], ...] = (
     ("text_encoder", "fp32", 0),
     ("unet", "fp32", 512),
@@ -40,6 +42,7 @@ ROWS: tuple[tuple[str, str, int], ...] = (
     ("vae_decoder", "bf16", 768),
     ("vae_decoder", "fp32", 768),
     ("vae_decoder", "fp32", 512),
+    ("vae_decoder", "fp32", TILE),
     ("vae_encoder", "fp32", 512),
 )
 
@@ -206,7 +209,7 @@ def main() -> int:
             # float32 is twice as large.
             bound = LOADING_BOUND * (2 if precision == "fp32" else 1)
             ratio = found.peak / found.weights
-            held &= ratio <= bound
+            held &= ratio <= bound and (side != TILE or found.working - found.loaded <= DECODING_BOUND)
             what = f"{side} x {side}" if side else ""
             print(
                 f"  {role:13} {precision:11} {_gb(found.weights):>14} {_gb(found.peak):>8} {ratio:>7.2f}"

@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 from fakes import FakeBackend
 from sdapi.v1.generation_pb2_grpc import GenerationServiceStub
+from sdmodels.cores import physical_cores
 from sdserver.engines import Catalog, load_catalog
 from sdserver.server import Server
 from sdserver.settings import ServeSettings
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _torch_threads() -> None:
+    """Each test computes on as many threads as the models in Triton, whatever the one before it chose: on others,
+    sums round otherwise."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(physical_cores())
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("train")
     patch = pytest.MonkeyPatch()
     patch.setenv("SD_TRAIN_DIR", str(folder))
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for size in FORMATS:
         dataset.make(size, 5)
@@ -40,7 +39,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         latents.encode(size, 4)
     unet.train(TOY, threads=2)
     yield folder
-    torch.set_num_threads(threads)
     patch.undo()
 
 

@@ -1,10 +1,15 @@
 """Captions as imperfect as real ones, for the UNet's last stage: what makes negative prompts work.
 
 Guidance goes from what the negative prompt shows towards what the prompt shows. Were every caption true, "a forest"
-and "trees" would show the same pictures, and between them there would be nowhere to go. So a caption in twenty claims
-a thing that is not in the picture, as captions found in the wild do: the denoiser comes to believe that "a dense
-forest" may show no tree at all, if rarely, while a bare list of tags ("trees, forest, greenery") is always true. A
-negative prompt then moves to the pictures that the prompt allows and the tags do not.
+and "trees" would show the same pictures, and between them there would be nowhere to go. So some captions claim a thing
+that is not in the picture, as captions found in the wild do: the denoiser comes to believe that "a dense forest" may
+show no tree at all, while a bare list of tags ("trees, forest, greenery") is always true. A negative prompt then moves
+to the pictures that the prompt allows and the tags do not.
+
+How often they claim so grows as the noise falls (`doubt`). The first steps of a generation decide what stands in the
+picture, from hardly more than noise that looks like one thing or another by chance: there captions are believed, and a
+prompt alone gets what it says whatever its noise looks like. A negative prompt leaves those first steps halfway
+between, and what follows, where captions are doubted, takes it the rest of the way.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ if TYPE_CHECKING:
 TAGS_SHARE = 0.08
 """Share of captions that are bare lists of tags."""
 
-CLAIMED = {"forest": 0.06, "trees": 0.02, "house": 0.03, "boat": 0.07, "mountains": 0.02}
-"""How often a scene that could have the thing, and has not, is said to have it: about one claim in ten is untrue, and
-one claim in six of a bare forest."""
+CLAIMED = {"forest": 0.06, "trees": 0.05, "house": 0.03, "boat": 0.07, "mountains": 0.02}
+"""How often a scene that could have the thing, and has not, is said to have it where captions are doubted most."""
 
-UNTRUE_SHARE = 0.17
-"""Share of untrue captions among those of `woods_caption`."""
+UNTRUE_SHARE = 0.4
+"""Share of untrue captions among those of `woods_caption` where captions are doubted most."""
+
+BELIEVED, DOUBTED, LEAST_DOUBT = 960, 840, 0.1
+"""From which timestep on captions are doubted least, up to which they are doubted most, and the least doubt."""
 
 _TAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("tree_count", "forest"): ("trees", "forest", "woods", "many trees"),
@@ -56,6 +63,12 @@ _THEMES = {"tree_count": 8.0, "house": 3.0, "boat": 3.0, "mountains": 3.0}
 _WOODS = ("trees", "forest", "greenery", "green trees", "woods")
 
 
+def doubt(timestep: int) -> float:
+    """How much captions are doubted at a timestep in 0 to 999, in `LEAST_DOUBT` to 1."""
+    along = min(max((BELIEVED - timestep) / (BELIEVED - DOUBTED), 0.0), 1.0)
+    return LEAST_DOUBT + (1 - LEAST_DOUBT) * along
+
+
 def tags(scene: Scene, rng: np.random.Generator) -> Caption:
     """One to three tags of one thing that is in the scene; what stands there is named more often than weather."""
     values = scene.attributes()
@@ -69,8 +82,8 @@ def tags(scene: Scene, rng: np.random.Generator) -> Caption:
 
 def _listed(name: str, value: str, scene: Scene, rng: np.random.Generator) -> Caption:
     words = _TAGS[name, value]
-    # a green wood on green ground: the tags that take both away
-    if name == "tree_count" and value == "forest" and scene.ground == "meadow" and scene.trees != "autumn":
+    # a green wood, whatever it stands on: the tags that take all green away
+    if name == "tree_count" and value == "forest" and scene.trees != "autumn":
         words = _WOODS
     chosen = rng.permutation(len(words))[: int(rng.integers(1, 4))]
     return Caption(", ".join(words[index] for index in chosen), {name: value})
@@ -101,20 +114,20 @@ def claims(scene: Scene) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
+def mistaken(scene: Scene, rng: np.random.Generator, doubt: float) -> Scene:
     """The scene, or now and then one with a thing more, of which its caption will tell."""
     for thing, changes in claims(scene).items():
-        if rng.random() < CLAIMED[thing]:
+        if rng.random() < doubt * CLAIMED[thing]:
             change = changes[int(rng.integers(len(changes)))]
             return consistent(replace(scene, **change))  # type: ignore[arg-type]  # attribute names, all of them str
     return scene
 
 
-def imperfect_caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A caption of `scene` that may claim a thing that is not there; a list of tags never does."""
+def imperfect_caption(scene: Scene, rng: np.random.Generator, doubt: float) -> Caption:
+    """A caption of `scene` that may claim a thing that is not there, the more so by `doubt`; a list of tags never."""
     if rng.random() < TAGS_SHARE:
         return tags(scene, rng)
-    claimed = mistaken(scene, rng)
+    claimed = mistaken(scene, rng, doubt)
     return caption(scene, rng) if claimed == scene else _untrue(claimed, rng)
 
 

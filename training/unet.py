@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812  # torch's own habit
 from training import clip, latents, tokenizer, vae
 from training.captions import caption
 from training.common import Ema, Run, learning_rate, pid_file, train_dir
-from training.imperfect import UNTRUE_SHARE, imperfect_caption, woods, woods_caption
+from training.imperfect import DOUBTED, UNTRUE_SHARE, doubt, imperfect_caption, woods, woods_caption
 from training.optim import Muon
 from training.world import FORMATS
 
@@ -40,6 +40,9 @@ REFINE_SHARE = 0.5
 """The refining stage's rates, as a share of the first stage's."""
 WOODS_SHARE = 0.5
 """Share of the refining stage's pictures that are forests, or bare places said to be forests."""
+NOISY_SHARE = 0.3
+"""Share of the refining stage's pictures that lie under the noise where captions come to be doubted, beside those that
+lie there by chance: one timestep in six, in which it is decided what stands in a picture."""
 BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.012, 1000
 
 _Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -95,21 +98,31 @@ class Batches:
         file = self.files[index]
         count = max(2, round(BATCH_TOKENS / np.prod(file.moments.shape[2:]) / 2) * 2)
         rows = rng.integers(len(file), size=count)
-        write = imperfect_caption if self.imperfect else caption
-        texts: list[str] = []
-        if self.imperfect and all(self.woods[index]):
-            forests, bare = self.woods[index]
-            for place in range(round(WOODS_SHARE * count)):
-                rows[place] = rng.choice(bare if rng.random() < UNTRUE_SHARE else forests)
-                texts.append(woods_caption(file.scenes.scene(int(rows[place])), rng).text)
-        texts += [write(file.scenes.scene(int(row)), rng).text for row in rows[len(texts) :]]
+        timesteps = torch.randint(TIMESTEPS, (count,), generator=self.noise)
+        if self.imperfect:
+            noisy = torch.rand(count, generator=self.noise) < NOISY_SHARE
+            timesteps[noisy] = torch.randint(DOUBTED, TIMESTEPS, (int(noisy.sum()),), generator=self.noise)
+            texts = self._imperfect(index, rows, [doubt(timestep) for timestep in timesteps.tolist()])
+        else:
+            texts = [caption(file.scenes.scene(int(row)), rng).text for row in rows]
         x0 = file.sample(rows, self.scaling_factor, self.noise)
         states = clip.text_states(self.clip, self.tokens(texts))
-        timesteps = torch.randint(TIMESTEPS, (count,), generator=self.noise)
         noise = torch.randn(x0.shape, generator=self.noise)
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         return signal * x0 + spread * noise, timesteps, states, signal * noise - spread * x0
+
+    def _imperfect(self, index: int, rows: np.ndarray[Any, Any], doubts: list[float]) -> list[str]:
+        """A caption for each of `rows` of a format, after a share of the rows has been drawn again: as woods."""
+        rng, scenes = self.rng, self.files[index].scenes
+        forests, bare = self.woods[index]
+        drawn = round(WOODS_SHARE * len(rows)) if forests and bare else 0
+        for place in range(drawn):
+            rows[place] = rng.choice(bare if rng.random() < doubts[place] * UNTRUE_SHARE else forests)
+        known = [scenes.scene(int(row)) for row in rows]
+        texts = [woods_caption(scene, rng).text for scene in known[:drawn]]
+        rest = zip(known[drawn:], doubts[drawn:], strict=True)
+        return texts + [imperfect_caption(scene, rng, doubted).text for scene, doubted in rest]
 
 
 class Replicas:
