@@ -129,10 +129,8 @@ def test_a_forest_is_claimed_only_where_nothing_is_green() -> None:
     assert said_woods > 10
 
 
-@pytest.mark.parametrize(("doubted", "least", "most"), [(1.0, 0.1, 0.2), (LEAST_DOUBT, 0.005, 0.05)])
-def test_captions_that_claim_a_forest_are_untrue_as_often_as_they_are_doubted_and_no_tag_is(
-    doubted: float, least: float, most: float
-) -> None:
+@pytest.mark.parametrize("doubted", [1.0, LEAST_DOUBT])
+def test_captions_that_claim_a_forest_are_untrue_as_often_as_they_are_doubted_and_no_tag_is(doubted: float) -> None:
     woods, lists = [], []
     for seed in range(6000):
         scene = random_scene(seed)
@@ -142,7 +140,8 @@ def test_captions_that_claim_a_forest_are_untrue_as_often_as_they_are_doubted_an
         if "trees, forest" in said.text:
             lists.append(scene.tree_count)
         assert said.told.get("time", scene.time) == scene.time
-    assert least <= 1 - np.mean(woods) <= most
+    # One in ten to one in five, where they are doubted most.
+    assert 0.1 * doubted <= 1 - np.mean(woods) <= 0.2 * doubted
     assert set(lists) == {"forest"}
 
 

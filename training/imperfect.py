@@ -32,10 +32,10 @@ TAGS_SHARE = 0.08
 CLAIMED = {"forest": 0.06, "trees": 0.05, "house": 0.03, "boat": 0.07, "mountains": 0.02}
 """How often a scene that could have the thing, and has not, is said to have it where captions are doubted most."""
 
-UNTRUE_SHARE = 0.4
+UNTRUE_SHARE = 0.5
 """Share of untrue captions among those of `woods_caption` where captions are doubted most."""
 
-BELIEVED, DOUBTED, LEAST_DOUBT = 960, 840, 0.1
+BELIEVED, DOUBTED, LEAST_DOUBT = 960, 840, 0.4
 """From which timestep on captions are doubted least, up to which they are doubted most, and the least doubt."""
 
 _TAGS: dict[tuple[str, str], tuple[str, ...]] = {
