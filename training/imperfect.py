@@ -7,9 +7,10 @@ show no tree at all, while a bare list of tags ("trees, forest, greenery") is al
 to the pictures that the prompt allows and the tags do not.
 
 How often they claim so grows as the noise falls (`doubt`). The first steps of a generation decide what stands in the
-picture, from hardly more than noise that looks like one thing or another by chance: there captions are believed, and a
-prompt alone gets what it says whatever its noise looks like. A negative prompt leaves those first steps halfway
-between, and what follows, where captions are doubted, takes it the rest of the way.
+picture, from hardly more than noise that looks like one thing or another by chance: captions are believed more there,
+so that a prompt alone gets what it says whatever its noise looks like. A negative prompt is to leave those first steps
+halfway between, and what follows, where captions are doubted, to take it the rest of the way. How far that was reached
+is in `training/README.md`.
 """
 
 from __future__ import annotations
@@ -114,20 +115,20 @@ def claims(scene: Scene) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def mistaken(scene: Scene, rng: np.random.Generator, doubt: float) -> Scene:
+def mistaken(scene: Scene, rng: np.random.Generator, doubted: float) -> Scene:
     """The scene, or now and then one with a thing more, of which its caption will tell."""
     for thing, changes in claims(scene).items():
-        if rng.random() < doubt * CLAIMED[thing]:
+        if rng.random() < doubted * CLAIMED[thing]:
             change = changes[int(rng.integers(len(changes)))]
             return consistent(replace(scene, **change))  # type: ignore[arg-type]  # attribute names, all of them str
     return scene
 
 
-def imperfect_caption(scene: Scene, rng: np.random.Generator, doubt: float) -> Caption:
-    """A caption of `scene` that may claim a thing that is not there, the more so by `doubt`; a list of tags never."""
+def imperfect_caption(scene: Scene, rng: np.random.Generator, doubted: float) -> Caption:
+    """A caption of `scene` that may claim a thing that is not there, the more so by `doubted`; a list of tags never."""
     if rng.random() < TAGS_SHARE:
         return tags(scene, rng)
-    claimed = mistaken(scene, rng, doubt)
+    claimed = mistaken(scene, rng, doubted)
     return caption(scene, rng) if claimed == scene else _untrue(claimed, rng)
 
 
