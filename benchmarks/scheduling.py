@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 8
 DECODED_SECONDS = 1.5
+IN_TURN = 5
 SMALL: dict[str, Any] = {"steps": 12}
 LARGE: list[dict[str, Any]] = [
     {"steps": 12, "width": 256},
@@ -159,10 +160,14 @@ async def small_among_large(client: AsyncClient, times: int) -> float:
 
 
 async def stalled_reader(client: AsyncClient, address: str, times: int) -> float:
-    """Time of images of others beside a caller that has stopped reading, over that without one, in turns."""
+    """Time of images of others beside a caller that has stopped reading, over that without one, in turns.
+
+    Both wait equally long before: cores that have slept take a moment longer.
+    """
     ratios = []
     for _ in range(times):
-        [without] = await seconds_of(client, SMALL, 1)
+        await asyncio.sleep(DECODED_SECONDS)
+        without = statistics.median(await seconds_of(client, SMALL, IN_TURN))
         async with AsyncClient(address) as lazy:
             stream = lazy.stream("a lake", steps=1, image_count=4, preview=PreviewOptions(every_steps=1))
             async with stream as events:
@@ -171,7 +176,7 @@ async def stalled_reader(client: AsyncClient, address: str, times: int) -> float
                         break
                 # Its images are ready by then, and it does not take them.
                 await asyncio.sleep(DECODED_SECONDS)
-                [beside] = await seconds_of(client, SMALL, 1)
+                beside = statistics.median(await seconds_of(client, SMALL, IN_TURN))
         ratios.append(beside / without)
     return statistics.median(ratios)
 
@@ -185,7 +190,7 @@ async def measure(rounds: int) -> dict[str, list[float]]:
                 joined, left = await joining_and_leaving(client, address, rows, 36)
                 found["joining"].append(quantile(joined, 0.95))
                 found["leaving"].append(quantile(left, 0.99))
-                found["small"].append(await small_among_large(client, 30))
+                found["small"].append(await small_among_large(client, 100))
                 found["stalled"].append(await stalled_reader(client, address, 8))
     return found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import interpolate, normalize
 
 from sdmodels.errors import InvalidInput
 from sdmodels.image_tower import read_image_tower
+from sdmodels.small_rows import SmallRows
 from sdmodels.vae import VaeDecoder
 from sdmodels.weights import read_config
 
@@ -22,14 +24,22 @@ Region = tuple[int, int, int, int]
 """Top, left, height and width of a part of the latents."""
 
 
+class _Look(NamedTuple):
+    """What CLIP sees in one look: the part of a row's latents [C, h, w], and the features [D] that it is to see."""
+
+    latents: torch.Tensor
+    target: torch.Tensor
+    region: Region
+
+
 class ClipGuidance:
     """How to change latents so that CLIP sees more of a text in them.
 
     It has an engine's VAE decoder and CLIP image tower. CLIP looks at cutouts of the latents, each of which is decoded
     by itself. One that would decode to more than `clip_guidance.cutout_size` pixels, of `engine_folder/engine.json`, in
-    a direction is averaged down to that before, so that a cutout costs the same in an image of any size. Rows and
-    cutouts are computed one by one: a row depends on itself alone, and memory is that of one cutout, however many there
-    are.
+    a direction is averaged down to that before, so that a cutout costs the same in an image of any size. Each cutout of
+    a row is computed by itself, so that a row depends on itself alone, and memory is that of one, or of a few small
+    ones (`SmallRows`), however many there are.
     """
 
     def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
@@ -43,6 +53,7 @@ class ClipGuidance:
         self._most_places = most_pixels // self._decoder.upsampling
         mean, deviation = (torch.tensor(config["preprocess_cfg"][name], device=device) for name in ("mean", "std"))
         self._mean, self._deviation = mean[:, None, None], deviation[:, None, None]
+        self._rows = SmallRows(device)
 
     def __call__(
         self,
@@ -58,32 +69,44 @@ class ClipGuidance:
         half the squared angle, in radians, between their features and the target; the similarity the mean cosine.
         Raises InvalidInput for latents that are not finite.
         """
-        rows = [self._row(*row) for row in zip(latents, targets, seeds, cutouts, strict=True)]
-        gradients, similarities = zip(*rows, strict=True)
-        return np.stack(gradients), np.array(similarities, np.float32)
-
-    def _row(
-        self, latents: NDArray[np.float32], target: NDArray[np.float32], seed: int, cutouts: int
-    ) -> tuple[NDArray[np.float32], float]:
         if not np.isfinite(latents).all():
             raise InvalidInput("the latents hold NaN or infinity: the denoising before went wrong")
-        x = torch.tensor(latents, device=self._device, requires_grad=True)
-        y = torch.tensor(target, device=self._device)
-        looked_at = regions(latents.shape[-2], latents.shape[-1], int(cutouts), int(seed))
-        gradient, similarity = torch.zeros_like(x), 0.0
-        for region in looked_at:
-            features = self.features(x, region)
-            loss = spherical_distance(features, y)
-            gradient += torch.autograd.grad(loss, x)[0]
-            similarity += float(features.detach() @ y)
-        mean: NDArray[np.float32] = (gradient / len(looked_at)).cpu().numpy()
-        return mean, similarity / len(looked_at)
+        rows = [self._looks(*row) for row in zip(latents, targets, seeds, cutouts, strict=True)]
+        looks = [look for row in rows for look in row]
+        found = iter(self._rows.map(self._gradient, looks, [self._pixels(look.region) for look in looks]))
+        gradients, similarities = [], []
+        for row in rows:
+            of_row, seen = zip(*(next(found) for _ in row), strict=True)
+            gradients.append(torch.stack(of_row).mean(dim=0).cpu().numpy())
+            similarities.append(sum(seen) / len(seen))
+        return np.stack(gradients), np.array(similarities, np.float32)
+
+    def _looks(
+        self, latents: NDArray[np.float32], target: NDArray[np.float32], seed: np.int64, cutouts: np.integer[Any]
+    ) -> list[_Look]:
+        x, y = (torch.tensor(array, device=self._device) for array in (latents, target))
+        _, height, width = latents.shape
+        return [_Look(x, y, region) for region in regions(height, width, int(cutouts), int(seed))]
+
+    def _pixels(self, region: Region) -> int:
+        return math.prod(self._decoded(region)) * self._decoder.upsampling**2
+
+    def _decoded(self, region: Region) -> tuple[int, int]:
+        """Height and width of the latents that are decoded for a part of them."""
+        _, _, height, width = region
+        return min(height, self._most_places), min(width, self._most_places)
+
+    def _gradient(self, look: _Look) -> tuple[torch.Tensor, float]:
+        x = look.latents.clone().requires_grad_()
+        features = self.features(x, look.region)
+        [gradient] = torch.autograd.grad(spherical_distance(features, look.target), x)
+        return gradient, float(features.detach() @ look.target)
 
     def features(self, latents: torch.Tensor, region: Region) -> torch.Tensor:
         """[D] features, of unit length, of what a part of the latents [C, h, w] decodes to."""
         top, left, height, width = region
         part = latents[None, :, top : top + height, left : left + width]
-        part = _resized(part, (min(height, self._most_places), min(width, self._most_places)))
+        part = _resized(part, self._decoded(region))
         image = _resized(self._decoder.image(part), self._size)
         features: torch.Tensor = self._tower(((image / 2 + 0.5) - self._mean) / self._deviation)
         return normalize(features, dim=-1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -80,6 +81,7 @@ class InRange:
         self._compute = compute
         self._make = in_float32
         self._in_float32: Rows | None = None
+        self._making = threading.Lock()
 
     def __call__(self, *rows: torch.Tensor) -> torch.Tensor:
         result = self._compute(*rows)
@@ -91,8 +93,9 @@ class InRange:
             log.warning(
                 "%s: row %d of %d left half precision's range; float32 computes it", self._name, row, len(result)
             )
-            if self._in_float32 is None:
-                self._in_float32 = self._make()
+            with self._making:
+                if self._in_float32 is None:
+                    self._in_float32 = self._make()
             result[row] = self._in_float32(*(each[row : row + 1] for each in rows))[0]
         return result
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sdmodels.class_labels import apart
+from sdmodels.small_rows import SmallRows
 from sdmodels.unet import UNet
 
 if TYPE_CHECKING:
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Of a place of the latents, with every autoencoder of Stable Diffusion but the upscaler's.
+PIXELS = 8 * 8
+
+
 class UNetGradient:
     """From the gradient of a loss by the UNet's prediction to that by its latents: the vector-Jacobian product."""
 
     def __init__(self, engine_folder: Path, device: str = "cpu") -> None:
         self._unet = UNet(engine_folder, device).module
         self._device = device
+        self._rows = SmallRows(device)
 
     def __call__(
         self,
@@ -32,10 +38,11 @@ class UNetGradient:
     ) -> NDArray[np.float32]:
         """[B, 4, h, w] gradients by the noisy `latents` from those by the prediction, `gradients` [B, 4, h, w].
 
-        The other arguments are those of `UNet`; channels of a conditioning have no gradient. Rows are computed one by
-        one: a row depends on itself alone, and memory does not grow with the batch.
+        The other arguments are those of `UNet`; channels of a conditioning have no gradient. Each row is computed
+        by itself: it depends on itself alone, and memory does not grow with the batch.
         """
-        return np.stack([self._row(*row) for row in zip(latents, timesteps, text_states, gradients, strict=True)])
+        rows = list(zip(latents, timesteps, text_states, gradients, strict=True))
+        return np.stack(self._rows.map(lambda row: self._row(*row), rows, [row[0].size * PIXELS for row in latents]))
 
     def _row(
         self,

@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from sdmodels.errors import InvalidInput
 from sdmodels.precision import DTYPES, InRange
+from sdmodels.small_rows import SmallRows
 from sdmodels.strips import decode_in_strips
 from sdmodels.weights import DIFFUSERS_WEIGHTS, read_config, read_weights
 
@@ -39,17 +40,17 @@ class VaeEncoder:
             self._encode_image = InRange("vae_encoder", self.latents, lambda: VaeEncoder(engine_folder, device).latents)
         self._scaling_factor: float = self._vae.config.scaling_factor
         self._downsampling = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self._rows = SmallRows(device)
 
-    @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 4, h, w] latents, in the UNet's scale, of RGB pixels [B, 8h, 8w, 3], or RGBA [B, 8h, 8w, 4].
 
         Transparent pixels are 0 for the encoder, between the bytes 127 and 128: what inpainting UNets are shown in the
         place of what they are to paint. Any other opacity counts for nothing. The mean of the posterior, and no sample
-        of it: its spread is far below what can be seen, and the same picture has the same latents. Rows are encoded one
-        by one, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes that are no multiples of 8.
+        of it: its spread is far below what can be seen, and the same picture has the same latents. Each row is encoded
+        by itself, as `VaeDecoder` decodes them. Raises `InvalidInput` for sizes that are no multiples of 8.
         """
-        return np.stack([self._encode(row) for row in pixels])
+        return np.stack(self._rows.map(self._encode, list(pixels), [row[..., 0].size for row in pixels]))
 
     def latents(self, image: torch.Tensor) -> torch.Tensor:
         """[B, 4, h, w] float32 latents, in the UNet's scale, of images [B, 3, 8h, 8w] from -1 to 1."""
@@ -57,6 +58,7 @@ class VaeEncoder:
         latents: torch.Tensor = posterior.mode().float() * self._scaling_factor
         return latents
 
+    @torch.inference_mode()
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         height, width, channels = pixels.shape
         step = self._downsampling
@@ -90,6 +92,7 @@ class VaeDecoder:
         self._scaling_factor: float = self._vae.config.scaling_factor
         self.upsampling: int = 2 ** (len(self._vae.config.block_out_channels) - 1)
         """Pixels in each direction of one place of the latents."""
+        self._rows = SmallRows(device)
 
     def image(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 image, about -1 to 1, of latents [B, 4, h, w] in the UNet's scale; differentiable."""
@@ -110,15 +113,16 @@ class VaeDecoder:
         """Of diffusers, without the encoder."""
         return self._vae
 
-    @torch.inference_mode()
     def __call__(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """[B, 8h, 8w, 3] RGB pixels of latents [B, 4, h, w] in the UNet's scale; the scaling factor is taken off here.
 
-        Rows are decoded one by one: an image then depends on its own latents alone, and memory does not grow with the
-        batch. Raises `InvalidInput` for NaN or infinity, which would be a black picture.
+        Each row is decoded by itself: an image then depends on its own latents alone, and memory does not grow with
+        the batch. Raises `InvalidInput` for NaN or infinity, which would be a black picture.
         """
-        return np.stack([self._decode(row) for row in latents])
+        pixels = [row[0].size * self.upsampling**2 for row in latents]
+        return np.stack(self._rows.map(self._decode, list(latents), pixels))
 
+    @torch.inference_mode()
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         if not np.isfinite(latents).all():
             raise InvalidInput("the latents hold NaN or infinity: the denoising before went wrong")
