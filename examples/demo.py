@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # File name, prompt, width, height. The last two differ by the negative prompt alone.
 PICTURES = [
     ("village", "a blue house and pine trees below snowy mountains, day", 384, 128),
-    ("house", "trees and a yellow house, sunny day", 256, 128),
-    ("house-without-trees", "trees and a yellow house, sunny day | trees, forest, greenery : -1", 256, 128),
+    ("forest", "a forest below snowy mountains, sunny day", 256, 128),
+    ("without-forest", "a forest below snowy mountains, sunny day | trees, forest, greenery : -1", 256, 128),
 ]
 SEED = 1
 START_SECONDS = 180.0

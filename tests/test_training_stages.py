@@ -74,7 +74,7 @@ def test_cached_latents_are_those_of_the_encoder(toy: Path) -> None:
 
 
 def test_threads_share_a_batch_without_changing_its_gradient(toy: Path) -> None:
-    batch = unet.Batches(0, 0).batch()
+    batch = unet.Batches(0, 0).batch(0.0)
     gradients = []
     for threads in (1, 2):
         torch.manual_seed(0)

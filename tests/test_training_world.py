@@ -13,7 +13,7 @@ from training import clip, pixels
 from training.captions import TOLD_VALUES, Caption, caption
 from training.evaluate import right
 from training.heldout import CASES, NEGATIVE, Case
-from training.imperfect import LEAST_DOUBT, claims, doubt, imperfect_caption, mistaken, tags, woods_caption
+from training.imperfect import claims, imperfect_caption, mistaken, tags, untrue_share, woods_caption
 from training.painter import paint
 from training.world import COLOURS, FORMATS, VALUES, Scene, consistent, random_scene, random_variant
 
@@ -122,33 +122,31 @@ def test_a_forest_is_claimed_only_where_nothing_is_green() -> None:
     said_woods = 0
     for seed in range(3000):
         scene = random_scene(seed)
-        if mistaken(scene, np.random.default_rng(seed), 1.0).tree_count == "forest" != scene.tree_count:
+        if mistaken(scene, np.random.default_rng(seed)).tree_count == "forest" != scene.tree_count:
             said_woods += 1
             assert scene.trees == "none"
             assert scene.ground != "meadow"
     assert said_woods > 10
 
 
-@pytest.mark.parametrize("doubted", [1.0, LEAST_DOUBT])
-def test_captions_that_claim_a_forest_are_untrue_as_often_as_they_are_doubted_and_no_tag_is(doubted: float) -> None:
+def test_captions_that_claim_a_forest_are_now_and_then_untrue_and_no_tag_is() -> None:
     woods, lists = [], []
     for seed in range(6000):
         scene = random_scene(seed)
-        said = imperfect_caption(scene, np.random.default_rng(seed), doubted)
+        said = imperfect_caption(scene, np.random.default_rng(seed))
         if said.told.get("tree_count") == "forest":
             woods.append(fits(said, scene))
         if "trees, forest" in said.text:
             lists.append(scene.tree_count)
         assert said.told.get("time", scene.time) == scene.time
-    # One in ten to one in five, where they are doubted most.
-    assert 0.1 * doubted <= 1 - np.mean(woods) <= 0.2 * doubted
+    assert 0.1 <= 1 - np.mean(woods) <= 0.2
     assert set(lists) == {"forest"}
 
 
-def test_captions_are_doubted_more_as_the_noise_falls() -> None:
-    doubts = [doubt(timestep) for timestep in range(1000)]
-    assert (doubts[-1], doubts[0]) == (LEAST_DOUBT, 1.0)
-    assert doubts == sorted(doubts, reverse=True)
+def test_fewer_captions_are_untrue_as_the_stage_goes_on() -> None:
+    shares = [untrue_share(progress / 100) for progress in range(101)]
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[0], shares[-1]) == (0.35, 0.09)
 
 
 def test_a_caption_of_woods_says_that_there_is_a_forest_truly_of_forests_and_untruly_of_bare_places() -> None:

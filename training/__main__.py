@@ -23,7 +23,7 @@ class Budgets:
     vae: float = 18
     clip: float = 22
     unet: float = 195
-    refine: float = 36
+    refine: float = 112
     decoder: float = 8
     classifier: float = 7
 

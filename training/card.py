@@ -9,7 +9,7 @@ from typing import Any
 
 from training import clip, dataset, unet, vae
 from training.common import records, train_dir
-from training.heldout import CASES, NEGATIVE
+from training.heldout import CASES, FOREST_PROMPTS, NEGATIVE
 from training.world import FORMATS
 
 TARGETS: dict[str, float] = {
@@ -57,7 +57,7 @@ def _curves(curves: dict[str, Any]) -> list[str]:
         "| green | " + " | ".join(_share(row["green_share"]) for row in against) + " |",
         "| blue | " + " | ".join(_share(row["blue_share"]) for row in against) + " |",
         "",
-        f"| `a landscape with trees \\| {NEGATIVE} : w`, w | "
+        f"| `{FOREST_PROMPTS[0][0]} \\| {NEGATIVE} : w`, w | "
         + " | ".join(f"{row['weight'] or 0:g}" for row in negative)
         + " |",
         "| --- |" + " --- |" * len(negative),

@@ -170,7 +170,7 @@ def curves(judges: Judges) -> tuple[dict[str, Any], Images, list[str]]:
         rows.append({"trees": weight, "green_share": float(green), "blue_share": float(blue)})
     negative = []
     for weight in (0.0, 0.25, 0.5, 1.0):
-        texts.append("a landscape with trees : 1" + (f" | {NEGATIVE} : -{weight}" if weight else ""))
+        texts.append(f"{FOREST_PROMPTS[0][0]} : 1" + (f" | {NEGATIVE} : -{weight}" if weight else ""))
         drawn = judges.draw([texts[-1]] * judges.seeds, seeds)
         images.append(drawn)
         trees = 1 - classifier.probabilities(judges.classifier, drawn)["trees"][:, 0]

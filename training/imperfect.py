@@ -6,11 +6,8 @@ that is not in the picture, as captions found in the wild do: the denoiser comes
 show no tree at all, while a bare list of tags ("trees, forest, greenery") is always true. A negative prompt then moves
 to the pictures that the prompt allows and the tags do not.
 
-How often they claim so grows as the noise falls (`doubt`). The first steps of a generation decide what stands in the
-picture, from hardly more than noise that looks like one thing or another by chance: captions are believed more there,
-so that a prompt alone gets what it says whatever its noise looks like. A negative prompt is to leave those first steps
-halfway between, and what follows, where captions are doubted, to take it the rest of the way. How far that was reached
-is in `training/README.md`.
+The first steps of a generation decide what stands in the picture. They have to see next to nothing in the noise, or
+its chance likeness to one thing or another decides instead: hence the noise schedule of `training/unet.py`.
 """
 
 from __future__ import annotations
@@ -30,14 +27,11 @@ if TYPE_CHECKING:
 TAGS_SHARE = 0.08
 """Share of captions that are bare lists of tags."""
 
-CLAIMED = {"forest": 0.06, "trees": 0.05, "house": 0.03, "boat": 0.07, "mountains": 0.02}
-"""How often a scene that could have the thing, and has not, is said to have it where captions are doubted most."""
+CLAIMED = {"forest": 0.06, "trees": 0.08, "house": 0.03, "boat": 0.07, "mountains": 0.02}
+"""How often a scene that could have the thing, and has not, is said to have it."""
 
-UNTRUE_SHARE = 0.5
-"""Share of untrue captions among those of `woods_caption` where captions are doubted most."""
-
-BELIEVED, DOUBTED, LEAST_DOUBT = 960, 840, 0.4
-"""From which timestep on captions are doubted least, up to which they are doubted most, and the least doubt."""
+UNTRUE_SHARES = ((0.0, 0.35), (0.32, 0.2), (0.43, 0.13), (0.77, 0.09))
+"""From which part of the stage on which share of the captions of `woods_caption` is untrue: see training/README.md."""
 
 _TAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("tree_count", "forest"): ("trees", "forest", "woods", "many trees"),
@@ -64,10 +58,9 @@ _THEMES = {"tree_count": 8.0, "house": 3.0, "boat": 3.0, "mountains": 3.0}
 _WOODS = ("trees", "forest", "greenery", "green trees", "woods")
 
 
-def doubt(timestep: int) -> float:
-    """How much captions are doubted at a timestep in 0 to 999, in `LEAST_DOUBT` to 1."""
-    along = min(max((BELIEVED - timestep) / (BELIEVED - DOUBTED), 0.0), 1.0)
-    return LEAST_DOUBT + (1 - LEAST_DOUBT) * along
+def untrue_share(progress: float) -> float:
+    """Share of untrue captions among those of `woods_caption` at a progress of the stage in 0 to 1."""
+    return [share for since, share in UNTRUE_SHARES if since <= progress][-1]
 
 
 def tags(scene: Scene, rng: np.random.Generator) -> Caption:
@@ -99,11 +92,12 @@ def claims(scene: Scene) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     bare = scene.trees == "none" and scene.ground != "meadow"
     if bare and scene.house == scene.boat == "none":
+        # each kind as often as among true forests, so that all are doubted alike
         found["forest"] = [
-            {"ground": "meadow", "trees": kind, "tree_count": "forest"} for kind in ("round", "pine", "autumn")
+            {"ground": "meadow", "trees": kind, "tree_count": "forest"} for kind in ("round", "round", "pine", "autumn")
         ]
         if scene.ground == "snow":
-            found["forest"].append({"trees": "pine", "tree_count": "forest"})
+            found["forest"] += [{"trees": "pine", "tree_count": "forest"}] * 2
     if bare:
         found["trees"] = [{"trees": kind, "tree_count": "few"} for kind in ("round", "pine", "palm")]
     if scene.house == "none" and scene.ground != "sea":
@@ -115,20 +109,20 @@ def claims(scene: Scene) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def mistaken(scene: Scene, rng: np.random.Generator, doubted: float) -> Scene:
+def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene, or now and then one with a thing more, of which its caption will tell."""
     for thing, changes in claims(scene).items():
-        if rng.random() < doubted * CLAIMED[thing]:
+        if rng.random() < CLAIMED[thing]:
             change = changes[int(rng.integers(len(changes)))]
             return consistent(replace(scene, **change))  # type: ignore[arg-type]  # attribute names, all of them str
     return scene
 
 
-def imperfect_caption(scene: Scene, rng: np.random.Generator, doubted: float) -> Caption:
-    """A caption of `scene` that may claim a thing that is not there, the more so by `doubted`; a list of tags never."""
+def imperfect_caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A caption of `scene` that may claim a thing that is not there; a list of tags never does."""
     if rng.random() < TAGS_SHARE:
         return tags(scene, rng)
-    claimed = mistaken(scene, rng, doubted)
+    claimed = mistaken(scene, rng)
     return caption(scene, rng) if claimed == scene else _untrue(claimed, rng)
 
 
