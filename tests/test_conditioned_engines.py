@@ -185,6 +185,8 @@ async def test_what_is_repainted_is_that_of_diffusers_and_the_rest_is_kept(
 
 async def test_without_an_image_everything_is_repainted(client: AsyncClient, store: EngineStore) -> None:
     image = await drawn(client, "inpainting", "euler")
+    # What is encoded is one grey: norms make rounding large there, and so the threads that the encoder has here.
+    torch.set_num_threads(1)
     np.testing.assert_allclose(image, inpainted_by_diffusers(store, "euler", WHITE), atol=1.01)
 
 
