@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdserver import cost_model
 from sdserver.calibrate import chart, measure, measure_stages, numbers_of_rows, shapes
 from sdserver.cost_model import Calibration, CostModel, Measurement, StageCosts
-from sdserver.engine_schedulers import decoder_rows, most_rows, unet_rows
+from sdserver.engine_schedulers import most_rows, unet_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,15 +65,6 @@ def test_larger_shapes_have_smaller_batches_and_none_is_above_that_of_the_engine
     assert rows[0] == engine.max_batch_rows
     assert rows[-1] == 1
     assert most_rows(engine, 16, 10**6) == 1
-
-
-@pytest.mark.parametrize(("native", "size", "rows"), [(128, 128, 4), (128, 64, 16), (128, 136, 3), (128, 256, 1),
-                                                      (768, 768, 1), (768, 512, 2), (768, 128, 16)])  # fmt: skip
-def test_a_call_of_the_decoder_is_of_one_native_image_or_of_four_small_ones(
-    catalog: Catalog, native: int, size: int, rows: int
-) -> None:
-    engine = catalog.default.model_copy(update={"native_width": native, "native_height": native})
-    assert decoder_rows(engine, (size // engine.latents.downsampling) ** 2) == rows
 
 
 def test_what_was_measured_is_kept_until_the_engine_changes(catalog: Catalog, tmp_path: Path) -> None:

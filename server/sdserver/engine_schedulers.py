@@ -29,8 +29,6 @@ Array = NDArray[np.float32]
 
 # Of one call. Where there is no shared memory, they and the rest of it have to fit into one message to Triton.
 MOST_FEATURE_BYTES = 128 * 2**20
-# Pixels of small pictures whose decoding shares a call: four of 128 x 128 (`sdmodels.small_rows`).
-SMALL_TOGETHER = 4 * 128 * 128
 
 
 class EngineSchedulers:
@@ -139,9 +137,8 @@ def unet_rows(engine: Engine, costs: CostModel | None, places: int) -> int:
 
 def decoder_rows(engine: Engine, places: int) -> int:
     """The most rows of so many places in a call of the VAE's decoder."""
-    # Few: it computes them one by one, and who has his answer need not wait for others; small ones some at a time.
-    pixels = places * engine.latents.downsampling**2
-    return max(most_rows(engine, 1, places), min(SMALL_TOGETHER // pixels, engine.max_batch_rows))
+    # Few: it computes them one by one, and who has his answer need not wait for others.
+    return most_rows(engine, 1, places)
 
 
 def most_rows(engine: Engine, native: int, places: int) -> int:

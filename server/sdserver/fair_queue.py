@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
 
-# Beside three shapes of 2 to 4 times its pixels, an image then takes about twice as long as alone, its worst percent
-# included; with the root, three times (`benchmarks.scheduling`).
+# Beside three shapes of 2 to 4 times its pixels, an image then takes about twice as long as alone; with the root, three
+# times (`benchmarks.scheduling`).
 SMALL_FIRST = 1.5
 
 
