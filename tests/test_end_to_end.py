@@ -162,8 +162,9 @@ async def test_a_negative_prompt_alone_acts_and_more_so_the_greater_its_weight(c
 
 
 async def test_emphasis_on_a_word_moves_its_share(client: AsyncClient) -> None:
-    greens, blues = await shares(client, [f"(trees:{factor}), the sea" for factor in (1, 1.5, 2)])
-    assert rises(greens)
+    greens, blues = await shares(client, [f"(trees:{factor}), the sea" for factor in (0.5, 1, 1.5, 2)])
+    # Weakened, the word has as much green as plain.
+    assert rises(greens[1:])
     assert rises(blues[::-1])
 
 

@@ -45,7 +45,7 @@ NOISY, NOISY_SHARE = 800, 0.3
 are drawn from there, beside those that lie there by chance."""
 BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.02, 1000
 """Stable Diffusion's schedule but for its end: 0.012 leaves so much of a picture in the most noise (amplitude 0.068
-instead of 0.016) that noise alone looks like one thing or another, whatever the prompt says."""
+instead of 0.015) that noise alone looks like one thing or another, whatever the prompt says."""
 
 _Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
