@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
-from sdmodels.openvino_unet import OpenVinoUNet
+from sdmodels.openvino_unet import OpenVinoUNet, shared
 from sdmodels.runtimes import default_runtime, load_unet
 from sdmodels.unet import UNet
 
@@ -84,6 +84,30 @@ def test_a_rows_bytes_do_not_depend_on_its_company(threads: int, precision: str)
             some = rng.permutation(8)[: rng.integers(1, 9)]
             together = unet(latents[some], timesteps[some], states[some])
             assert together.tobytes() == alone[some].tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_one_picture_share_its_first_layers_and_have_the_bytes_that_they_have_alone(threads: int) -> None:
+    unet = OpenVinoUNet(SHIPPED, threads)
+    latents, timesteps, states = rows(8, 16, 16, 77, 128)
+    # Guidance has pairs; a picture of one row, three rows, the same latents at another time, and the first one again.
+    of = np.array([0, 0, 1, 2, 2, 2, 3, 0])
+    latents, timesteps = latents[of], timesteps[of]
+    latents[6] = latents[5]
+    pictures, times, labels, picture = shared(latents, timesteps, {"in_channels": 4})
+    assert (len(pictures), len(times), labels, picture.tolist()) == (5, 5, [], [0, 0, 1, 2, 2, 2, 3, 4])
+    together = unet(latents, timesteps, states)
+    alone = np.concatenate([unet(latents[i : i + 1], timesteps[i : i + 1], states[i : i + 1]) for i in range(8)])
+    assert together.tobytes() == alone.tobytes()
+    assert len({row.tobytes() for row in together}) == 8
+
+
+def test_an_upscalers_rows_share_only_with_the_same_label() -> None:
+    config = {"in_channels": 2, "num_class_embeds": 1000}
+    latents = np.ones((4, 3, 2, 2), np.float32)
+    latents[2:, 2] = 20
+    pictures, _, [labels], picture = shared(latents, np.full(4, 5, np.float32), config)
+    assert (pictures.shape, labels.tolist(), picture.tolist()) == ((2, 2, 2, 2), [1, 20], [0, 0, 1, 1])
 
 
 def test_an_answer_stays_as_it_is_when_the_next_one_comes(engine_folder: Path) -> None:

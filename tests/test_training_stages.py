@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sdserver.settings import ServeSettings
 
 from training import card, clip, dataset, export, latents, restore, sample, tokenizer, unet, vae
 from training.common import Run, learning_rate, records
@@ -98,7 +99,7 @@ def test_the_exported_engine_loads_with_the_fields_own_classes(toy: Path, tmp_pa
     config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
     CLIP(**config["model_cfg"]).load_state_dict(load_file(tmp_path / "clip" / "open_clip_model.safetensors"))
     scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    assert torch.allclose(scheduler.alphas_cumprod, unet.alphas_cumprod(), rtol=1e-4)
+    assert torch.allclose(scheduler.alphas_cumprod, unet.alphas_cumprod(sample.BETA_END), rtol=1e-4)
 
 
 def test_a_restored_engine_is_the_exported_one_and_can_be_refined(
@@ -130,13 +131,24 @@ def test_a_restored_engine_is_the_exported_one_and_can_be_refined(
         restore.restore(engine)
 
 
-def test_a_descriptor_gets_the_digests_of_the_exported_files(toy: Path, tmp_path: Path) -> None:
+def test_a_descriptor_gets_the_digests_and_the_schedule_of_the_exported_files(toy: Path, tmp_path: Path) -> None:
     name = "unet/diffusion_pytorch_model.safetensors"
-    (tmp_path / "engine.json").write_text(json.dumps({"id": "toy", "weights": {name: "old"}}))
+    old = {"id": "toy", "weights": {name: "old"}, "noise_schedule": {"beta_end": 1, "steps_offset": 1}}
+    (tmp_path / "engine.json").write_text(json.dumps(old))
     export.main(["--out", str(tmp_path)])
     descriptor = json.loads((tmp_path / "engine.json").read_text())
     digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    assert descriptor == {"id": "toy", "weights": {name: digest}}
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    assert descriptor == {"id": "toy", "weights": {name: digest}, "noise_schedule": schedule}
+
+
+def test_the_shipped_engine_is_drawn_by_the_schedule_that_diffusers_reads_beside_it() -> None:
+    shipped = ServeSettings().model_repository / "engines/tiny-landscape"
+    scheduler = json.loads((shipped / "scheduler/scheduler_config.json").read_text())
+    schedule = json.loads((shipped / "engine.json").read_text())["noise_schedule"]
+    scheduler["train_timesteps"] = scheduler["num_train_timesteps"]
+    assert schedule == {name: scheduler.get(name, False) for name in schedule}
+    assert schedule["beta_end"] == sample.BETA_END
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_company(toy: Path) -> None:

@@ -6,7 +6,7 @@ unet/config.json            unet/diffusion_pytorch_model.safetensors
 scheduler/scheduler_config.json
 training.json               what each stage took and reached, for the card and for `training.restore`
 
-Where the folder has a descriptor, `engine.json`, the digests in it are made those of the new files.
+Where the folder has a descriptor, `engine.json`, its digests and its noise schedule are made those of the new files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
     "beta_start": unet.BETA_START,
-    "beta_end": unet.BETA_END,
+    "beta_end": sample.BETA_END,
     "num_train_timesteps": unet.TIMESTEPS,
     "prediction_type": "v_prediction",
     "clip_sample": False,
@@ -76,13 +76,14 @@ def export(models: sample.Models, folder: Path) -> int:
     return sum(sizes.values())
 
 
-def renew_digests(folder: Path) -> None:
-    """Make the SHA-256 digests in the folder's descriptor those of the files that it names."""
+def renew_descriptor(folder: Path) -> None:
+    """Make the SHA-256 digests in the folder's descriptor those of the files that it names, and its betas ours."""
     path = folder / "engine.json"
     descriptor = json.loads(path.read_text())
     descriptor["weights"] = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in descriptor["weights"]
     }
+    descriptor["noise_schedule"] |= {name: SCHEDULER[name] for name in ("beta_schedule", "beta_start", "beta_end")}
     path.write_text(json.dumps(descriptor, indent=2) + "\n")
 
 
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     size = export(sample.load(), out)
     if (out / "engine.json").exists():
-        renew_digests(out)
+        renew_descriptor(out)
     print(f"{out}: {size / 2**20:.1f} MiB")
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 CLIP_GUIDED_SHARE = 0.85
 """CLIP guidance acts in this first share of the steps: later ones only draw edges."""
 
+BETA_END = 0.012
+"""Pictures are drawn by Stable Diffusion's own schedule, which is the engine's, though its noise at a timestep is less
+than the UNet has learnt to expect: more forests then go under a negative prompt, and none without (README)."""
+
 Prompts = tuple[tuple[str, float], ...]
 """Texts with their weights; a negative weight pushes away."""
 
@@ -136,7 +140,7 @@ def _ddim(
     clip_scale: float,
 ) -> torch.Tensor:
     """Latents x [N, 4, h, w] of pure noise to the latents of a picture."""
-    alphas = unet.alphas_cumprod()
+    alphas = unet.alphas_cumprod(BETA_END)
     timesteps = [round(unet.TIMESTEPS - index * unet.TIMESTEPS / steps) - 1 for index in range(steps)]
     for index, (timestep, following) in enumerate(pairwise([*timesteps, -1])):
         alpha = alphas[timestep]

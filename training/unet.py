@@ -67,9 +67,9 @@ def build() -> UNet2DConditionModel:
     )
 
 
-def alphas_cumprod() -> torch.Tensor:
+def alphas_cumprod(beta_end: float = BETA_END) -> torch.Tensor:
     """[TIMESTEPS] of the scaled-linear schedule."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    betas = torch.linspace(BETA_START**0.5, beta_end**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float()
 
 

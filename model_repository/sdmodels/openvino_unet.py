@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of a conversion's name, so that it is made again when this code makes another.
-CONVERSION = 3
+CONVERSION = 5
 FOLDER = "openvino"
-# The network with its prediction and features, and its outermost blocks: see `sdmodels.unet_cache`.
+# The network with its prediction and features, and its outermost blocks: see `sdmodels.unet_parts`.
 WHOLE = "unet"
 OUTERMOST = "outermost"
 
@@ -73,8 +73,8 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        rows, labels = _apart(latents, self._config)
-        result = self._request.infer([rows, self._sinusoid(timesteps), text_states, *labels])
+        pictures, times, labels, picture = shared(latents, timesteps, self._config)
+        result = self._request.infer([pictures, self._sinusoid(times), text_states, picture, *labels])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
@@ -101,12 +101,12 @@ class OpenVinoUNetCache:
     ) -> NDArray[np.float32]:
         """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
         check_rows(latents, timesteps, text_states, features)
-        sinusoid = self._sinusoid(timesteps)
-        rows, labels = _apart(latents, self._config)
+        pictures, times, labels, picture = shared(latents, timesteps, self._config)
+        sinusoid = self._sinusoid(times)
         if features is None:
-            result = self._whole.infer([rows, sinusoid, text_states, *labels])
+            result = self._whole.infer([pictures, sinusoid, text_states, picture, *labels])
             return np.concatenate([result[0], result[1]], axis=1)
-        result = self._outermost.infer([rows, sinusoid, text_states, features, *labels])
+        result = self._outermost.infer([pictures, sinusoid, text_states, features, picture, *labels])
         prediction: NDArray[np.float32] = np.array(result[0])
         return prediction
 
@@ -129,10 +129,20 @@ def _configuration(engine_folder: Path) -> dict[str, Any]:
     return config
 
 
-def _apart(latents: NDArray[np.float32], config: dict[str, Any]) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
-    """The UNet's own channels, and the class labels as one more input, if it takes any."""
-    rows, labels = apart(latents, config)
-    return np.ascontiguousarray(rows), [] if labels is None else [labels.astype(np.int64)]
+def shared(
+    latents: NDArray[np.float32], timesteps: NDArray[np.float32], config: dict[str, Any]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[NDArray[np.int64]], NDArray[np.int64]]:
+    """The pictures [P, U, h, w] that rows are of, their timesteps [P], their class labels [P] as one more input if the
+    UNet takes any, and which picture each row is of, [B].
+
+    Rows of one picture lie side by side, and are the same bit for bit: see `sdmodels.unet_parts`.
+    """
+    bits = np.ascontiguousarray(latents).view(np.int32).reshape(len(latents), -1)
+    another = (bits[1:] != bits[:-1]).any(axis=1) | (timesteps[1:] != timesteps[:-1])
+    picture = np.concatenate([[0], np.cumsum(another)])
+    first = np.concatenate([[True], another])
+    rows, labels = apart(latents[first], config)
+    return np.ascontiguousarray(rows), timesteps[first], [] if labels is None else [labels.astype(np.int64)], picture
 
 
 def _compiled(path: Path, threads: int, precision: str, *, features: bool = True) -> openvino.InferRequest:
@@ -225,28 +235,37 @@ def _convert(engine_folder: Path, name: str, elsewhere: Path) -> Path:
     """The folder, below `elsewhere`, with the network that was made from the engine's weights."""
     import torch
 
+    from sdmodels.openvino_graph import channels_last_norms, split_gates, upsample_by_phases
     from sdmodels.unet import UNet
-    from sdmodels.unet_cache import FromFeatures, WithFeatures
+    from sdmodels.unet_parts import OutermostBlocks, WholeUNet
 
     unet = UNet(engine_folder).module
-    # The networks take the timestep's sinusoid [B, C] in the timestep's place.
+    # The networks take the timestep's sinusoid [P, C] in the timestep's place.
     unet.get_time_embed = lambda sample, timestep: timestep
+    split_gates(unet)
     config = unet.config
     width, (channels, deeper, *_) = config.cross_attention_dim, config.block_out_channels
-    examples = [torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(2, 77, width)]
-    shapes = {0: [-1, config.in_channels, -1, -1], 1: [-1, channels], 2: [-1, -1, width]}
+    # Of two pictures and three rows. Numbers of both, sizes and lengths of texts are open afterwards.
+    examples = [torch.zeros(2, config.in_channels, 16, 16), torch.zeros(2, channels), torch.zeros(3, 77, width)]
+    shapes = [[-1, config.in_channels, -1, -1], [-1, channels], [-1, -1, width]]
     if name == OUTERMOST:
-        examples.append(torch.zeros(2, deeper, 16, 16))
-        shapes[3] = [-1, deeper, -1, -1]
+        examples.append(torch.zeros(3, deeper, 16, 16))
+        shapes.append([-1, deeper, -1, -1])
+    examples.append(torch.tensor([0, 1, 1]))
+    shapes.append([-1])
     if config.num_class_embeds:
-        shapes[len(examples)] = [-1]
         examples.append(torch.zeros(2, dtype=torch.long))
-    network = FromFeatures(unet) if name == OUTERMOST else WithFeatures(unet)
+        shapes.append([-1])
+    network = OutermostBlocks(unet) if name == OUTERMOST else WholeUNet(unet)
     with warnings.catch_warnings():
         # What tracing says of diffusers' checks of sizes and of torch's plans for itself.
         warnings.simplefilter("ignore")
         model = openvino.convert_model(network, example_input=tuple(examples))
-    model.reshape(shapes)
+    upsample_by_phases(model)
+    side = config.sample_size or 64
+    native = [[*example.shape[:2], side, side] if example.ndim == 4 else example.shape for example in examples]
+    channels_last_norms(model, native)
+    model.reshape(dict(enumerate(shapes)))
     target = elsewhere / name
     target.mkdir()
     # Not compressed: with weights that it finds in half precision, OpenVINO's results depend on the number of rows.
