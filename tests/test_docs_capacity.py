@@ -77,8 +77,15 @@ def test_the_table_of_rates_is_what_plans_say(costs: Costs) -> None:
     ("said", "gpus", "pool"),
     [
         ("With `--max-active 2` the plan above is 44 GPUs", 44, Pool(max_active=2)),
-        ("`--pool 4 --servers 4`, four servers that take four GPUs in turn, needs 44 GPUs", 44, Pool(4, 4)),
-        ("`--pool 4 --servers 12` needs 40", 40, Pool(4, 12)),
+        (
+            "`--pool 4 --servers 4 --parallel-calls 4`, four servers that take four GPUs in turn, needs 36 GPUs",
+            *(36, Pool(4, 4, parallel_calls=4)),
+        ),
+        (
+            "so does one server for four GPUs (`--pool 4 --servers 1 --parallel-calls 4 --max-active 32`)",
+            *(36, Pool(4, 1, 32, parallel_calls=4)),
+        ),
+        ("With its default of 1 the four servers need 56", 56, Pool(4, 4)),
     ],
 )
 def test_other_pools_need_as_many_gpus_as_the_page_says(costs: Costs, said: str, gpus: int, pool: Pool) -> None:

@@ -67,10 +67,10 @@ def test_tenants_get_the_same_work_whatever_the_shapes_and_however_many() -> Non
     assert sum(work[ask] for ask in many_shapes) == pytest.approx(work[large], rel=0.02)
 
 
-def test_of_two_shapes_of_a_tenant_the_one_of_four_times_the_pixels_gets_an_eighth_of_the_share() -> None:
+def test_of_two_shapes_of_a_tenant_the_one_of_four_times_the_pixels_gets_a_sixteenth_of_the_others_work() -> None:
     small, large = An("a", 256), An("a", 1024)
     work = work_by_tenant([small, large], room=2, turns=6000)
-    assert work[small] == pytest.approx(8 * work[large], rel=0.03)
+    assert work[small] == pytest.approx(16 * work[large], rel=0.03)
 
 
 def test_asks_of_one_tenant_and_shape_take_turns() -> None:

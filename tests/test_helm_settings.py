@@ -76,6 +76,25 @@ def test_values_arrive_as_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.send_timeout_seconds, settings.engine_watch_seconds) == (12.5, 1000000)
 
 
+@pytest.mark.parametrize(
+    ("values", "parallel_calls"),
+    [
+        ({}, 1),
+        ({"triton": {"replicas": 4}}, 4),
+        ({"triton": {"replicas": 0}}, 1),
+        ({"triton": {"replicas": 4, "placement": "sidecar"}}, 1),
+        ({"triton": {"replicas": 9, "autoscaling": {"kind": "hpa", "minReplicas": 2, "maxReplicas": 8}}}, 2),
+        ({"triton": {"replicas": 4}, "server": {"parallelCalls": 3}}, 3),
+    ],
+)
+def test_a_server_keeps_as_many_gpus_busy_as_it_has_tritons(
+    values: dict[str, Any], parallel_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(named(charts.render(values), "server"), monkeypatch)
+    assert isinstance(settings, ServeSettings)
+    assert settings.parallel_calls == parallel_calls
+
+
 def test_files_that_settings_name_are_files_of_a_mounted_secret() -> None:
     for name in VALUES:
         objects = charts.render(charts.values_of(name))

@@ -151,6 +151,50 @@ async def test_rows_of_another_shape_are_sent_ahead_because_nothing_can_join_the
         await asyncio.gather(*tasks)
 
 
+async def test_a_model_that_answers_two_calls_at_a_time_gets_two_and_one_behind_them(unet: Unet) -> None:
+    async with StepScheduler(unet, lambda places: 2, parallel=2) as scheduler:
+        first = asyncio.create_task(scheduler.predict(rows(1)))
+        await settle()
+        others = [asyncio.create_task(scheduler.predict(rows(t))) for t in (2, 3, 4, 5, 6)]
+        await settle()
+        # Nobody waits while one of the two is idle; behind them goes what is full.
+        assert unet.calls == [[1], [2, 3], [4, 5]]
+        unet.gate.set()
+        await asyncio.gather(first, *others)
+    assert unet.calls == [[1], [2, 3], [4, 5], [6]]
+
+
+async def test_a_call_is_sent_ahead_shortly_before_the_running_one_ends_once_it_is_known_how_long_that_takes(
+    unet: Unet,
+) -> None:
+    loop = asyncio.get_running_loop()
+    sent: list[tuple[float, float]] = []
+    ended: list[float] = []
+
+    async def slow(latents: Array, timesteps: Array, text_states: Array) -> Array:
+        sent.append((timesteps[0], loop.time()))
+        before = ended[-1] if ended else 0.0
+        # One after the other, as Triton takes them.
+        await asyncio.sleep(max(loop.time(), before) - loop.time() + 0.1)
+        ended.append(loop.time())
+        return latents
+
+    async with StepScheduler(slow, lambda places: 4) as scheduler:
+        await scheduler.predict(rows(1))
+        running = asyncio.create_task(scheduler.predict(rows(2)))
+        await settle()
+        large = asyncio.create_task(scheduler.predict(rows(3, size=4)))
+        await settle()
+        await asyncio.sleep(0.03)
+        assert [timestep for timestep, _ in sent] == [1, 2]
+        # It comes later and goes first: the other one waits here, and not behind the running call.
+        newcomer = asyncio.create_task(scheduler.predict(rows(4, size=3), "another tenant"))
+        await asyncio.gather(running, large, newcomer)
+    assert [timestep for timestep, _ in sent] == [1, 2, 4, 3]
+    # The model had no pause.
+    assert sent[2][1] < ended[1]
+
+
 async def test_small_images_get_more_of_the_time_than_large_ones(unet: Unet) -> None:
     unet.gate.set()
     finished: list[int] = []

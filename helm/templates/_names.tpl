@@ -75,6 +75,16 @@ app.kubernetes.io/component: {{ .component | quote }}
 {{- include "sd-service.image" (dict "root" . "image" .Values.triton.image "suffix" (printf "-%s" .Values.triton.device)) -}}
 {{- end -}}
 
+{{/* How many Tritons a server has at least. */}}
+{{- define "sd-service.triton.least" -}}
+{{- $triton := .Values.triton -}}
+{{- if include "sd-service.triton.separate" . -}}
+{{- eq $triton.autoscaling.kind "none" | ternary $triton.replicas $triton.autoscaling.minReplicas | int | max 1 -}}
+{{- else -}}
+1
+{{- end -}}
+{{- end -}}
+
 {{/* "true" where Triton has workloads of its own; "true" where it is in the server's pods. */}}
 {{- define "sd-service.triton.separate" -}}
 {{- if and .Values.triton.enabled (eq .Values.triton.placement "separate") -}}true{{- end -}}

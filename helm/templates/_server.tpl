@@ -37,6 +37,7 @@ default_engine: {{ . | quote }}
 {{- end }}
 max_active: {{ $server.maxActive }}
 max_queued: {{ $server.maxQueued }}
+parallel_calls: {{ $server.parallelCalls | default (include "sd-service.triton.least" .) }}
 max_generation_seconds: {{ $server.maxGenerationSeconds }}
 drain_seconds: {{ $server.drainSeconds }}
 {{- with $server.maxConnectionAgeSeconds }}

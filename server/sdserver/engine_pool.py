@@ -33,10 +33,17 @@ class _Place:
 class EnginePool:
     """Schedulers by engine. Used as an async context manager, whose end stops all of them."""
 
-    def __init__(self, backend: Backend, costs: Callable[[Engine], CostModel | None], observer: Observer) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        costs: Callable[[Engine], CostModel | None],
+        observer: Observer,
+        parallel_calls: int = 1,
+    ) -> None:
         self._backend = backend
         self._costs = costs
         self._observer = observer
+        self._parallel_calls = parallel_calls
         self._places: dict[str, _Place] = {}
 
     async def __aenter__(self) -> Self:
@@ -50,7 +57,7 @@ class EnginePool:
 
     async def open(self, engine: Engine) -> None:
         """Lets generations use an engine."""
-        schedulers = EngineSchedulers(engine, self._backend, self._costs(engine), self._observer)
+        schedulers = EngineSchedulers(engine, self._backend, self._costs(engine), self._observer, self._parallel_calls)
         self._places[engine.id] = _Place(await schedulers.__aenter__())
 
     async def close(self, engine_id: str) -> None:

@@ -37,9 +37,17 @@ class EngineSchedulers:
     Used as an async context manager, as `StepScheduler`.
     """
 
-    def __init__(self, engine: Engine, backend: Backend, costs: CostModel | None, observer: Observer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        backend: Backend,
+        costs: CostModel | None,
+        observer: Observer,
+        parallel_calls: int = 1,
+    ) -> None:
         self._engine = engine
         self._observer = observer
+        self._parallel_calls = parallel_calls
         self._schedulers: list[StepScheduler] = []
         self.unet = self._scheduler("unet", backend.predict, partial(unet_rows, engine, costs))
         """Takes `step_scheduler.Row`s."""
@@ -84,7 +92,9 @@ class EngineSchedulers:
     def _scheduler(
         self, role: StepModel, model: Callable[..., Awaitable[NDArray[Any]]], rows: Callable[[int], int]
     ) -> StepScheduler:
-        scheduler = StepScheduler(partial(model, self._engine), rows, self._observer.steps(self._engine.id, role))
+        scheduler = StepScheduler(
+            partial(model, self._engine), rows, self._observer.steps(self._engine.id, role), self._parallel_calls
+        )
         self._schedulers.append(scheduler)
         return scheduler
 

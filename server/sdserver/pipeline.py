@@ -52,6 +52,7 @@ class Pipeline:
         safety: SafetyCheck | None = None,
         observer: Observer | None = None,
         costs: Callable[[Engine], CostModel | None] = lambda engine: None,
+        parallel_calls: int = 1,
     ) -> None:
         self._observer = observer or Observer()
         self._writer = writer
@@ -60,7 +61,7 @@ class Pipeline:
         self._admission = admission
         self._max_generation_seconds = max_generation_seconds
         self._engines = tuple(engines)
-        self.pool = EnginePool(backend, costs, self._observer)
+        self.pool = EnginePool(backend, costs, self._observer, parallel_calls)
         """The engines that requests may use; it may change while they run."""
         self._stack = AsyncExitStack()
 

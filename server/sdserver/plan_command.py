@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-active", type=_count, default=8, metavar="N", help="as for sdserver serve; default: 8")
     parser.add_argument("--max-queued", type=int, default=64, metavar="N", help="as for sdserver serve; default: 64")
     parser.add_argument(
+        "--parallel-calls", type=_count, default=1, metavar="N", help="as for sdserver serve; default: 1"
+    )
+    parser.add_argument(
         "--pool",
         type=_count,
         default=1,
@@ -143,7 +146,10 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
     stages = calibration.stages or StageCosts(0.0, 0.0, 0.0)
     costs = Costs(engine, calibration.cost_model, stages, options.server_step_ms / 1000)
     mix = mix_of(engine, options.size, options.steps, options.unguided, options.images)
-    pool = Pool(options.pool, options.servers or options.pool, options.max_active, options.max_queued)
+    pool = Pool(
+        *(options.pool, options.servers or options.pool, options.max_active, options.max_queued),
+        options.parallel_calls,
+    )
     p95 = options.p95 or DEFAULT_PATIENCE * lone_p95(mix, pool, costs)
     return Planner(Demand(mix, options.rate, p95), pool, costs, options.requests, options.seed), notes
 

@@ -133,6 +133,7 @@ class Server:
                 safety,
                 self._observer,
                 partial(cost_model.read, settings.cost_model_folder),
+                settings.parallel_calls,
             )
         )
         watch = EngineWatch(

@@ -71,6 +71,9 @@ class ServeSettings(Settings):
     default_engine: str = Field("", description="Engine of requests that name none; empty: the first by name.")
     max_active: Count = Field(8, description="Generations that run at a time.")
     max_queued: Annotated[int, Field(ge=0)] = Field(64, description="Generations that may wait; more are refused.")
+    parallel_calls: Count = Field(
+        1, description="Calls of a model that Triton answers at a time: the GPUs that this server is to keep busy."
+    )
     max_generation_seconds: Seconds = Field(600.0, description="Time limit of one generation, without its wait.")
     text_cache_mb: Annotated[int, Field(ge=0)] = Field(
         64, description="Memory, in MB, for text states of prompts that may come again; 0 keeps none."

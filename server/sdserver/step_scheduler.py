@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdserver.batching import Batch, next_batch
+from sdserver.batching import Batch, Calls
 from sdserver.fair_queue import FairQueue
 from sdserver.observation import ANONYMOUS, StepObserver
 
@@ -66,22 +66,28 @@ class _Ask:
 class StepScheduler:
     """Batches the rows of one model, at most `bound(places)` a call for rows of so many places (height times width).
 
+    The model answers `parallel` calls at a time; one more waits behind them, sent shortly before it can begin.
     A row is a tuple of arrays and numbers, whose first is an array [..., h, w]. `model` takes an array for each of its
     places, such as latents [B, C, h, w], timesteps [B] and text states [B, tokens, width] for `Row`, and returns
     [B, ...]. Used as an async context manager; leaving it stops the calls and cancels whoever still waits.
     """
 
     def __init__(
-        self, model: Callable[..., Awaitable[Rows]], bound: Callable[[int], int], observer: StepObserver | None = None
+        self,
+        model: Callable[..., Awaitable[Rows]],
+        bound: Callable[[int], int],
+        observer: StepObserver | None = None,
+        parallel: int = 1,
     ) -> None:
         self._model = model
-        self._bound = bound
+        self._under_way: Calls[_Ask] = Calls(bound, parallel)
         self._observer = observer or StepObserver()
         self._queue: FairQueue[_Ask] = FairQueue()
-        self._calls: dict[Batch[_Ask], asyncio.Task[None]] = {}
+        self._calls: dict[Batch[_Ask], asyncio.Task[bool]] = {}
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._asks: set[_Ask] = set()
+        self._later: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         self._worker = asyncio.create_task(self._work(), name="step scheduler")
@@ -91,6 +97,7 @@ class StepScheduler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._worker is not None
+        self._not_later()
         tasks = [self._worker, *self._calls.values()]
         for task in tasks:
             task.cancel()
@@ -129,6 +136,7 @@ class StepScheduler:
                 call.cancel()
 
     async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await self._changed.wait()
             while self._changed.is_set():
@@ -136,15 +144,24 @@ class StepScheduler:
                 # One turn of the event loop: generations that the last call answered ask for their next step now, and
                 # so get into the same batch again.
                 await asyncio.sleep(0)
-            while (batch := next_batch(self._queue, self._calls, self._bound)) is not None:
+            self._not_later()
+            while (batch := self._under_way.next_batch(self._queue, loop.time())) is not None:
                 call = asyncio.create_task(self._call(batch), name="model call")
                 self._calls[batch] = call
                 # No `finally` of a task runs that is cancelled before its first turn.
                 call.add_done_callback(partial(self._ended, batch))
+            if (wait := self._under_way.ask_again(self._queue, loop.time())) > 0:
+                self._later = loop.call_later(wait, self._changed.set)
             if not self._asks:
                 self._queue.reset()
 
-    async def _call(self, batch: Batch[_Ask]) -> None:
+    def _not_later(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+
+    async def _call(self, batch: Batch[_Ask]) -> bool:
+        """Whether the model has answered."""
         rows = [row for ask, start, count in batch.parts for row in ask.rows[start : start + count]]
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -158,15 +175,18 @@ class StepScheduler:
             for ask, _, _ in batch.parts:
                 if not ask.answer.done():
                     ask.answer.set_exception(error)
-            return
+            return False
         self._observer.called(len(rows), _useful_rows(batch), batch.bound, loop.time() - began)
         at = 0
         for ask, start, count in batch.parts:
             ask.answered(start, predictions[at : at + count])
             at += count
+        return True
 
-    def _ended(self, batch: Batch[_Ask], call: asyncio.Task[None]) -> None:
+    def _ended(self, batch: Batch[_Ask], call: asyncio.Task[bool]) -> None:
         del self._calls[batch]
+        answered = not call.cancelled() and call.exception() is None and call.result()
+        self._under_way.ended(batch, asyncio.get_running_loop().time(), answered=answered)
         self._changed.set()
 
 

@@ -22,6 +22,8 @@ class Pool:
     """Generations of a server that run at a time."""
     max_queued: int = 64
     """Generations of a server that may wait."""
+    parallel_calls: int = 1
+    """Calls of a model that a server takes to be answered at a time; one more waits behind them."""
 
 
 @dataclass(frozen=True, slots=True)

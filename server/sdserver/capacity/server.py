@@ -9,7 +9,7 @@ from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from sdserver.batching import Batch, next_batch
+from sdserver.batching import Batch, Calls
 from sdserver.capacity.events import drive
 from sdserver.capacity.gpu import Call
 from sdserver.engine_schedulers import decoder_rows, unet_rows
@@ -49,15 +49,15 @@ class Scheduler:
         seconds: Callable[[int, int], float],
         step: float,
         called: Callable[[Batch[Ask]], None],
+        parallel: int,
     ) -> None:
         self._model = model
         self._server = server
-        self._bound = bound
         self._seconds = seconds
         self._step = step
         self._called = called
+        self._under_way: Calls[Ask] = Calls(bound, parallel)
         self._queue: FairQueue[Ask] = FairQueue()
-        self._running: list[Batch[Ask]] = []
         self._asks = 0
         self._looks = False
 
@@ -73,18 +73,20 @@ class Scheduler:
 
     def _send(self) -> None:
         self._looks = False
-        while (batch := next_batch(self._queue, self._running, self._bound)) is not None:
-            self._running.append(batch)
+        clock = self._server.clock
+        while (batch := self._under_way.next_batch(self._queue, clock.now)) is not None:
             first = batch.parts[0][0]
             ended = partial(self._server.work, len(batch.parts) * self._step, partial(self._ended, batch))
             seconds = partial(self._seconds, first.row_work)
             next(self._server.gpus).call(Call(self._model, first.shape, batch.rows, seconds, ended))
             self._called(batch)
+        if (wait := self._under_way.ask_again(self._queue, clock.now)) > 0:
+            clock.after(wait, self._look)
         if not self._asks:
             self._queue.reset()
 
     def _ended(self, batch: Batch[Ask]) -> None:
-        self._running.remove(batch)
+        self._under_way.ended(batch, self._server.clock.now)
         for ask, _, rows in batch.parts:
             ask.missing -= rows
             if ask.missing == 0:
@@ -135,6 +137,7 @@ class Server:
             lambda places, rows: unet.seconds(rows, places),
             costs.server_step,
             self._called,
+            pool.parallel_calls,
         )
         self._decoder = Scheduler(
             "vae_decoder",
@@ -143,6 +146,7 @@ class Server:
             lambda places, rows: stages.decode_place * rows * places,
             0.0,
             lambda batch: None,
+            pool.parallel_calls,
         )
 
     def work(self, seconds: float, act: Act) -> None:
