@@ -125,6 +125,37 @@ def test_rows_that_disagree_are_refused(engine_folder: Path) -> None:
         OpenVinoUNet(engine_folder, 1)(latents, timesteps[:1], states)
 
 
+def test_what_openvino_is_slow_at_is_written_otherwise(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 2, 2),
+        cross_attention_dim=WIDTH,
+        # The form of 1.x: convolutions beside the transformers.
+        use_linear_projection=False,
+    )
+    for parameter in unet.parameters():
+        # No norm scales by 1 and shifts by 0.
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "engine.json").write_text(json.dumps({"weights": {"unet/config.json": "0"}}))
+    batch = rows(3, 32, 40, 77, WIDTH)
+    expected = UNet(tmp_path)(*batch)
+    assert np.abs(OpenVinoUNet(tmp_path, 1, "fp32")(*batch) - expected).max() < 1e-5 * np.abs(expected).max()
+
+    [converted] = (tmp_path / "openvino").glob("unet-*/unet.xml")
+    kinds = [node.get_type_name() for node in openvino.Core().read_model(converted).get_ops()]
+    # Two upsamplers are phases, the gates' halves are layers; of the norms only those of 32 x 32 places stay as they
+    # were: two of the first resnet, four of the last two, and the last one.
+    assert (kinds.count("Interpolate"), kinds.count("DepthToSpace")) == (0, 2)
+    assert kinds.count("VariadicSplit") == 0
+    assert kinds.count("GroupNormalization") == 7
+
+
 def test_a_converted_network_is_read_again_without_torch(engine_folder: Path) -> None:
     made = {path: path.stat().st_mtime_ns for path in (engine_folder / "openvino").rglob("*")}
     code = (
