@@ -1,6 +1,7 @@
 """The real server over models that answer at once, in a process of its own: `python -m benchmarks.instant_server`.
 
-It prints its port. With `--hang`, UNet calls never end, so that generations wait for ever.
+It prints its port. With `--hang`, UNet calls never end, so that generations wait for ever. With `--gpus`, they take
+CALL_SECONDS, that many at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from sdserver.request import Emphasis, Lora
 
 
+CALL_SECONDS = 0.05
+
+
 class Instant:
     """A backend without models."""
 
-    def __init__(self, *, hang: bool) -> None:
+    def __init__(self, *, hang: bool, gpus: int) -> None:
         self._hang = hang
+        self._gpus = asyncio.Semaphore(gpus) if gpus else None
 
     async def encode_text(
         self, engine: Engine, text: str, emphasis: tuple[Emphasis, ...], loras: tuple[Lora, ...] = ()
@@ -36,6 +41,9 @@ class Instant:
     async def predict(self, engine: Engine, latents: Floats, timesteps: Floats, text_states: Floats) -> Floats:
         if self._hang:
             await asyncio.Event().wait()
+        if self._gpus is not None:
+            async with self._gpus:
+                await asyncio.sleep(CALL_SECONDS)
         return latents
 
     async def predict_with_features(
@@ -96,9 +104,11 @@ class Instant:
         """There is nothing to close."""
 
 
-async def serve(max_active: int, *, hang: bool) -> None:
-    settings = ServeSettings(port=0, max_active=max_active, max_queued=2000, send_timeout_seconds=600)
-    async with Server(settings, Instant(hang=hang)) as server:
+async def serve(max_active: int, *, hang: bool, gpus: int) -> None:
+    settings = ServeSettings(
+        port=0, max_active=max_active, max_queued=2000, send_timeout_seconds=600, parallel_calls=gpus or 1
+    )
+    async with Server(settings, Instant(hang=hang, gpus=gpus)) as server:
         print(server.port, flush=True)
         await asyncio.Event().wait()
 
@@ -107,10 +117,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-active", type=int, default=8)
     parser.add_argument("--hang", action="store_true")
+    parser.add_argument("--gpus", type=int, default=0)
     arguments = parser.parse_args()
     # The port is the only line of standard output.
     logs.configure("error", "console")
-    asyncio.run(serve(arguments.max_active, hang=arguments.hang))
+    asyncio.run(serve(arguments.max_active, hang=arguments.hang, gpus=arguments.gpus))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What the server itself costs, over models that answer at once: steps a second of one core, from 1 to 1,000 requests
-in flight, and memory of 1,000 streams that wait.
+in flight, memory of 1,000 streams that wait, and how busy one server keeps many GPUs, whose calls take 50 ms.
 
 Processor time of the server's process counts, not the clock: callers share the machine. Progress streams at each step,
 as far as the caller keeps up.
@@ -13,14 +13,18 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 from sdclient import Accepted, AsyncClient
+from sdserver.engines import load_catalog
+from sdserver.settings import ServeSettings
 
 from benchmarks.harness import machine
+from benchmarks.instant_server import CALL_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +34,8 @@ BOUND_MB = 100
 IN_FLIGHT = (1, 4, 16, 64, 256, 1000)
 STEPS = 50
 WAITING = 1000
+GPUS = (1, 4, 16)
+IMAGES = 3
 PLOT = Path("out/server_alone.png")
 
 
@@ -68,6 +74,24 @@ async def steps_a_second(in_flight: int, requests: int) -> float:
         for client in clients:
             await client.close()
     return requests * STEPS / used
+
+
+async def share_of_gpus(gpus: int) -> float:
+    """The share of their time in which GPUs that one server feeds have full calls, with more than enough to do."""
+    in_flight, bound = 24 * gpus, load_catalog(ServeSettings().model_repository).default.max_batch_rows
+    with server("--max-active", str(in_flight), "--gpus", str(gpus)) as (_, address):
+        clients = [AsyncClient(address) for _ in range(-(-in_flight // 90))]
+
+        async def caller(number: int) -> None:
+            for _ in range(IMAGES):
+                await clients[number % len(clients)].generate("a lake", steps=STEPS, seed=number)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(caller(number) for number in range(in_flight)))
+        seconds = time.perf_counter() - began
+        for client in clients:
+            await client.close()
+    return 2 * STEPS * IMAGES * in_flight / bound * CALL_SECONDS / gpus / seconds
 
 
 async def memory_of_waiting(streams: int) -> float:
@@ -124,12 +148,15 @@ def main() -> int:
             seen.append(asyncio.run(steps_a_second(in_flight, max(40, in_flight))))
     found = {in_flight: statistics.median(seen) for in_flight, seen in rates.items()}
     memory = asyncio.run(memory_of_waiting(WAITING))
+    busy = {gpus: asyncio.run(share_of_gpus(gpus)) for gpus in GPUS}
     print(f"the server alone; {machine()}")
     for in_flight, rate in found.items():
         print(f"  {in_flight:5} in flight   {rate:6.0f} steps a second of one core")
     best = max(found.values())
     print(f"best {best:.0f} steps a second (bound {BOUND_STEPS})")
     print(f"{WAITING} waiting streams take {memory:.0f} MB (bound {BOUND_MB})")
+    for gpus, share in busy.items():
+        print(f"  {gpus:3} GPUs have full calls in {share:.0%} of the time")
     plot(found)
     return int(best < BOUND_STEPS or memory > BOUND_MB)
 

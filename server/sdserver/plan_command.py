@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sdserver.engines import Engine
 
 # A second of one core is good for so much of the server's part (benchmarks.server_alone).
-SERVER_STEP_MS = 0.3
+SERVER_STEP_MS = 0.15
 # Of what a request takes alone.
 DEFAULT_PATIENCE = 4.0
 # How many GPUs the table shows, over those that are needed.
