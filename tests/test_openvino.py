@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from sdmodels.cores import has_bf16
 from sdmodels.errors import InvalidInput
-from sdmodels.openvino_unet import OpenVinoUNet, shared
+from sdmodels.openvino_unet import OpenVinoUNet, pictures_of
 from sdmodels.runtimes import default_runtime, load_unet
 from sdmodels.unet import UNet
 
@@ -94,7 +94,7 @@ def test_rows_of_one_picture_share_its_first_layers_and_have_the_bytes_that_they
     of = np.array([0, 0, 1, 2, 2, 2, 3, 0])
     latents, timesteps = latents[of], timesteps[of]
     latents[6] = latents[5]
-    pictures, times, labels, picture = shared(latents, timesteps, {"in_channels": 4})
+    pictures, times, labels, picture = pictures_of(latents, timesteps, {"in_channels": 4})
     assert (len(pictures), len(times), labels, picture.tolist()) == (5, 5, [], [0, 0, 1, 2, 2, 2, 3, 4])
     together = unet(latents, timesteps, states)
     alone = np.concatenate([unet(latents[i : i + 1], timesteps[i : i + 1], states[i : i + 1]) for i in range(8)])
@@ -106,7 +106,7 @@ def test_an_upscalers_rows_share_only_with_the_same_label() -> None:
     config = {"in_channels": 2, "num_class_embeds": 1000}
     latents = np.ones((4, 3, 2, 2), np.float32)
     latents[2:, 2] = 20
-    pictures, _, [labels], picture = shared(latents, np.full(4, 5, np.float32), config)
+    pictures, _, [labels], picture = pictures_of(latents, np.full(4, 5, np.float32), config)
     assert (pictures.shape, labels.tolist(), picture.tolist()) == ((2, 2, 2, 2), [1, 20], [0, 0, 1, 1])
 
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from sdserver.observation import StepObserver
 from sdserver.step_scheduler import Row, StepScheduler
+from virtual_time import VirtualTimeLoop
 
 Array = NDArray[np.float32]
 
@@ -164,35 +165,38 @@ async def test_a_model_that_answers_two_calls_at_a_time_gets_two_and_one_behind_
     assert unet.calls == [[1], [2, 3], [4, 5], [6]]
 
 
-async def test_a_call_is_sent_ahead_shortly_before_the_running_one_ends_once_it_is_known_how_long_that_takes(
-    unet: Unet,
-) -> None:
-    loop = asyncio.get_running_loop()
+def test_a_call_is_sent_ahead_shortly_before_the_running_one_ends_once_it_is_known_how_long_that_takes() -> None:
     sent: list[tuple[float, float]] = []
-    ended: list[float] = []
+    free = 0.0
 
     async def slow(latents: Array, timesteps: Array, text_states: Array) -> Array:
-        sent.append((timesteps[0], loop.time()))
-        before = ended[-1] if ended else 0.0
+        nonlocal free
+        now = asyncio.get_running_loop().time()
+        sent.append((timesteps[0], now))
         # One after the other, as Triton takes them.
-        await asyncio.sleep(max(loop.time(), before) - loop.time() + 0.1)
-        ended.append(loop.time())
+        free = max(now, free) + 1.0
+        await asyncio.sleep(free - now)
         return latents
 
-    async with StepScheduler(slow, lambda places: 4) as scheduler:
-        await scheduler.predict(rows(1))
-        running = asyncio.create_task(scheduler.predict(rows(2)))
-        await settle()
-        large = asyncio.create_task(scheduler.predict(rows(3, size=4)))
-        await settle()
-        await asyncio.sleep(0.03)
-        assert [timestep for timestep, _ in sent] == [1, 2]
-        # It comes later and goes first: the other one waits here, and not behind the running call.
-        newcomer = asyncio.create_task(scheduler.predict(rows(4, size=3), "another tenant"))
-        await asyncio.gather(running, large, newcomer)
+    async def three_shapes() -> float:
+        async with StepScheduler(slow, lambda places: 4) as scheduler:
+            await scheduler.predict(rows(1))
+            began = asyncio.get_running_loop().time()
+            running = asyncio.create_task(scheduler.predict(rows(2)))
+            await settle()
+            large = asyncio.create_task(scheduler.predict(rows(3, size=4)))
+            await asyncio.sleep(0.5)
+            assert [timestep for timestep, _ in sent] == [1, 2]
+            # It comes later and goes first: the other one waits here, and not behind the running call.
+            newcomer = asyncio.create_task(scheduler.predict(rows(4, size=3), "another tenant"))
+            await asyncio.gather(running, large, newcomer)
+        return began
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        began = runner.run(three_shapes())
     assert [timestep for timestep, _ in sent] == [1, 2, 4, 3]
-    # The model had no pause.
-    assert sent[2][1] < ended[1]
+    # A tenth of it and 2 ms before its end.
+    assert sent[2][1] - began == pytest.approx(0.898, abs=1e-3)
 
 
 async def test_small_images_get_more_of_the_time_than_large_ones(unet: Unet) -> None:
@@ -206,7 +210,7 @@ async def test_small_images_get_more_of_the_time_than_large_ones(unet: Unet) -> 
 
     async with scheduler_of(unet, 4) as scheduler:
         await asyncio.gather(steps(2), steps(8))
-    # 16 times the pixels: a quarter of the share, and so one row of the large image for many of the small one.
+    # 16 times the pixels: a 256th of the other's work, and so one row of the large image for many of the small one.
     assert list(unet.calls[: finished[0]]).count([8]) <= 2
 
 

@@ -73,7 +73,7 @@ class OpenVinoUNet:
                 f"a row is one latent, one timestep and one text: "
                 f"got {len(latents)} latents, {len(timesteps)} timesteps and {len(text_states)} texts"
             )
-        pictures, times, labels, picture = shared(latents, timesteps, self._config)
+        pictures, times, labels, picture = pictures_of(latents, timesteps, self._config)
         result = self._request.infer([pictures, self._sinusoid(times), text_states, picture, *labels])
         # The request's own memory is written again by the next call.
         prediction: NDArray[np.float32] = np.array(result[0])
@@ -101,7 +101,7 @@ class OpenVinoUNetCache:
     ) -> NDArray[np.float32]:
         """[B, 4 + F, h, w] prediction and features or, from features [B, F, h, w], the prediction [B, 4, h, w]."""
         check_rows(latents, timesteps, text_states, features)
-        pictures, times, labels, picture = shared(latents, timesteps, self._config)
+        pictures, times, labels, picture = pictures_of(latents, timesteps, self._config)
         sinusoid = self._sinusoid(times)
         if features is None:
             result = self._whole.infer([pictures, sinusoid, text_states, picture, *labels])
@@ -129,7 +129,7 @@ def _configuration(engine_folder: Path) -> dict[str, Any]:
     return config
 
 
-def shared(
+def pictures_of(
     latents: NDArray[np.float32], timesteps: NDArray[np.float32], config: dict[str, Any]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], list[NDArray[np.int64]], NDArray[np.int64]]:
     """The pictures [P, U, h, w] that rows are of, their timesteps [P], their class labels [P] as one more input if the

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 Skips = tuple[torch.Tensor, ...]
 
 
-class WholeUNet(torch.nn.Module):
-    """The whole network, which also returns the features that `OutermostBlocks` takes."""
+class _Walk(torch.nn.Module):
+    """A way through the blocks of a UNet."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
+
+
+class WholeUNet(_Walk):
+    """The whole network, which also returns the features that `OutermostBlocks` takes."""
 
     def forward(
         self,
@@ -49,7 +53,6 @@ class WholeUNet(torch.nn.Module):
             sample, made = block(sample, embedding, **_attending(block, text_states))
             skips += made
         sample = unet.mid_block(sample, embedding, **_attending(unet.mid_block, text_states))
-        features = sample
         for block in unet.up_blocks:
             # What the last block starts from.
             features = sample
@@ -59,12 +62,8 @@ class WholeUNet(torch.nn.Module):
         return _last_layers(unet, sample), features
 
 
-class OutermostBlocks(torch.nn.Module):
+class OutermostBlocks(_Walk):
     """The first and the last block, with the features of another step in the place of what comes up from below."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
 
     def forward(
         self,
